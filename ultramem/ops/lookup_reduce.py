@@ -1,0 +1,206 @@
+"""Weighted pooling of value rows, per expansion block and scoring core: the one place where the table is read.
+
+Shapes: N rows, D value dim, T tokens, K slots a token (heads x top-m), C cores, E blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultramem.ops import _checks as checks
+from ultramem.ops._registration import accumulation_dtype, opaque_op, traceable_op
+from ultramem.ops.implementation import runs_triton
+
+
+def lookup_reduce_reference(values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, *, num_blocks: int = 1) -> Tensor:
+    """The oracle: gather every row, weight it core by core, add it to its block."""
+    n, d = values_ND.shape
+    t, k, c = scores_TKC.shape
+    rows_TKCX = values_ND[indices_TK % n].view(t, k, c, d // c)
+    weighted_TKD = (rows_TKCX * scores_TKC.unsqueeze(-1)).reshape(t, k, d)
+    member_TEK = (indices_TK // n).unsqueeze(1) == torch.arange(num_blocks, device=indices_TK.device).view(1, -1, 1)
+    return torch.einsum("tek,tkd->ted", member_TEK.to(weighted_TKD.dtype), weighted_TKD).to(values_ND.dtype)
+
+
+@traceable_op("ultramem::lookup_reduce")
+def _lookup_reduce(
+    values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int, sparse_grad: bool
+) -> Tensor:
+    if runs_triton(values_ND):
+        from ultramem.ops.triton import lookup_reduce as kernels
+
+        return kernels.lookup_reduce(values_ND, indices_TK, scores_TKC, num_blocks)
+    n, d = values_ND.shape
+    t, _, c = scores_TKC.shape
+    bags, first, weights = _bags(n, indices_TK, scores_TKC.to(values_ND.dtype), num_blocks)
+    pooled = torch.nn.functional.embedding_bag(
+        bags, values_ND.view(n * c, d // c), first, mode="sum", per_sample_weights=weights
+    )
+    return pooled.view(t, c, num_blocks, d // c).transpose(1, 2).reshape(t, num_blocks, d)
+
+
+def _bags(n: int, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The lookup as bags for `embedding_bag`: one bag per (token, core, block) over the table seen as [N*C, D/C].
+
+    Returns flat rows [T*C*K], the first slot of each bag [T*C*E], and weights [T*C*K].
+    """
+    t, k, c = scores_TKC.shape
+    core = torch.arange(c, device=indices_TK.device)
+    if num_blocks == 1:
+        rows_TCK = indices_TK.unsqueeze(1) * c + core.view(1, c, 1)
+        first = torch.arange(t * c, device=indices_TK.device) * k
+        return rows_TCK.reshape(-1), first, scores_TKC.transpose(1, 2).reshape(-1)
+    block_TK, order_TK = (indices_TK // n).sort(dim=1, stable=True)
+    rows_TCK = (indices_TK % n).gather(1, order_TK).unsqueeze(1) * c + core.view(1, c, 1)
+    weights_TCK = scores_TKC.gather(1, order_TK.unsqueeze(-1).expand(t, k, c)).transpose(1, 2)
+    block = torch.arange(num_blocks, device=indices_TK.device)
+    first_TE = (block_TK.unsqueeze(1) < block.view(1, -1, 1)).sum(-1)
+    first_TCE = first_TE.unsqueeze(1) + torch.arange(t * c, device=indices_TK.device).view(t, c, 1) * k
+    return rows_TCK.reshape(-1), first_TCE.reshape(-1), weights_TCK.reshape(-1)
+
+
+@opaque_op("ultramem::lookup_reduce_backward")
+def _lookup_reduce_backward(
+    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_values: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the table [N,D] (empty unless `need_values`) and of the scores [T,K,C]; the same bits every time."""
+    if runs_triton(values_ND):
+        from ultramem.ops.triton import lookup_reduce as kernels
+
+        return kernels.lookup_reduce_backward(grad_TED, values_ND, indices_TK, scores_TKC, need_values)
+    n, d = values_ND.shape
+    c = scores_TKC.shape[-1]
+    row_grads_TKD, grad_scores = _slot_gradients(grad_TED, values_ND, indices_TK, scores_TKC)
+    if not need_values:
+        return values_ND.new_empty(0), grad_scores
+    rows = (indices_TK % n).reshape(-1)
+    dense = torch.ops.aten.embedding_dense_backward(row_grads_TKD.view(-1, d), rows, n, -1, False)
+    return dense.to(values_ND.dtype), grad_scores
+
+
+@_lookup_reduce_backward.register_fake
+def _(
+    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_values: bool
+) -> tuple[Tensor, Tensor]:
+    return values_ND.new_empty(values_ND.shape if need_values else (0,)), scores_TKC.new_empty(scores_TKC.shape)
+
+
+def _slot_gradients(
+    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the row in each slot [T,K,D] (in the accumulation dtype) and of each score [T,K,C]."""
+    n, d = values_ND.shape
+    t, k, c = scores_TKC.shape
+    dtype = accumulation_dtype(values_ND.dtype)
+    block_TKD = (indices_TK // n).unsqueeze(-1).expand(t, k, d)
+    grad_TKCX = grad_TED.to(dtype).gather(1, block_TKD).view(t, k, c, -1)
+    rows_TKCX = values_ND[indices_TK % n].to(dtype).view(t, k, c, -1)
+    grad_scores = (grad_TKCX * rows_TKCX).sum(-1).to(scores_TKC.dtype)
+    return (grad_TKCX * scores_TKC.to(dtype).unsqueeze(-1)).view(t, k, d), grad_scores
+
+
+@opaque_op("ultramem::lookup_reduce_backward_rows")
+def _lookup_reduce_backward_rows(
+    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by touched row: rows [U] ascending, their gradients [U,D], and of the scores [T,K,C]."""
+    if runs_triton(values_ND):
+        from ultramem.ops.triton import lookup_reduce as kernels
+
+        return kernels.lookup_reduce_backward_rows(grad_TED, values_ND, indices_TK, scores_TKC)
+    n, d = values_ND.shape
+    row_grads_TKD, grad_scores = _slot_gradients(grad_TED, values_ND, indices_TK, scores_TKC)
+    rows, position = torch.unique(indices_TK % n, return_inverse=True)
+    summed = torch.ops.aten.embedding_dense_backward(
+        row_grads_TKD.view(-1, d), position.reshape(-1), rows.shape[0], -1, False
+    )
+    return rows, summed.to(values_ND.dtype), grad_scores
+
+
+@_lookup_reduce_backward_rows.register_fake
+def _(
+    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    touched = torch.library.get_ctx().new_dynamic_size()
+    return (
+        indices_TK.new_empty(touched),
+        values_ND.new_empty(touched, values_ND.shape[1]),
+        scores_TKC.new_empty(scores_TKC.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, indices, scores, _, ctx.sparse_grad = inputs
+    ctx.save_for_backward(values, indices, scores)
+
+
+def _backward(ctx: Any, grad_TED: Tensor) -> tuple[Tensor | None, ...]:
+    values, indices, scores = ctx.saved_tensors
+    grad_TED = grad_TED.contiguous()
+    if ctx.sparse_grad and ctx.needs_input_grad[0]:
+        rows, row_grads, grad_scores = _lookup_reduce_backward_rows(grad_TED, values, indices, scores)
+        grad_values = torch.sparse_coo_tensor(rows.unsqueeze(0), row_grads, values.shape, check_invariants=False)
+        return grad_values, None, grad_scores, None, None
+    grad_values, grad_scores = _lookup_reduce_backward(grad_TED, values, indices, scores, ctx.needs_input_grad[0])
+    return (grad_values if ctx.needs_input_grad[0] else None), None, grad_scores, None, None
+
+
+_lookup_reduce.register_autograd(_backward, setup_context=_setup_context)
+
+
+def lookup_reduce(
+    values_ND: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    *,
+    num_blocks: int = 1,
+    sparse_grad: bool = False,
+    checked: bool = False,
+) -> Tensor:
+    """Pool weighted rows: `out[t,p] = sum_{k: block(k)=p} concat_c(score[t,k,c] * V[row(k)]_c)` (paper, eq 14-17).
+
+    A virtual index v names row `v % N` and block `v // N`; the virtual table of E*N rows is never built. Core c
+    weights columns `c*D/C .. (c+1)*D/C`.
+
+    Args:
+        values_ND: the physical table [N,D], float32, bfloat16, float16 or float64.
+        indices_TK: virtual indices [T,K] in [0, N*num_blocks), int64. Duplicates add up. T may be 0.
+        scores_TKC: weights [T,K,C] in the dtype of the table or float32; C divides D.
+        num_blocks: E, the virtual expansion.
+        sparse_grad: the table's gradient is a sparse COO tensor of the touched rows (unique, ascending) instead of a
+            dense [N,D].
+        checked: read the indices and raise if one is out of range. This waits for the device and cannot be traced;
+            without it an index out of range is undefined behaviour.
+
+    Returns:
+        [T,E,D] in the dtype of the table, accumulated in float32 (float64 for a float64 table).
+
+    Raises:
+        TypeError: a dtype that is not accepted.
+        ValueError: rank, shape or device differ, C does not divide D, or (checked) an index is out of range.
+    """
+    checks.require_tensor("values_ND", values_ND, ndim=2, shape="[N,D]")
+    checks.require_tensor("indices_TK", indices_TK, ndim=2, shape="[T,K]")
+    checks.require_tensor("scores_TKC", scores_TKC, ndim=3, shape="[T,K,C]")
+    checks.require_floating("values_ND", values_ND)
+    checks.require_int64("indices_TK", indices_TK)
+    if scores_TKC.dtype not in (values_ND.dtype, torch.float32):
+        raise TypeError(
+            f"scores_TKC must have dtype torch.float32 or that of values_ND ({values_ND.dtype}), got {scores_TKC.dtype}"
+        )
+    t, k = indices_TK.shape
+    c = scores_TKC.shape[-1]
+    checks.require_shape("scores_TKC", scores_TKC, (t, k, c), "[T,K] of indices_TK, then C")
+    checks.require_same_device(values_ND=values_ND, indices_TK=indices_TK, scores_TKC=scores_TKC)
+    checks.require_positive("num_blocks", num_blocks)
+    n, d = values_ND.shape
+    if c < 1 or d % c:
+        raise ValueError(f"scores_TKC must have a number of cores that divides the value dim {d}, got {c}")
+    if checked:
+        checks.require_in_range("indices_TK", indices_TK, n * num_blocks)
+    return _lookup_reduce(
+        values_ND.contiguous(), indices_TK.contiguous(), scores_TKC.contiguous(), num_blocks, sparse_grad
+    )
