@@ -1,0 +1,163 @@
+"""The UltraMem layer: five stages, each a module of that name, so that every lowering can be read stage by stage.
+
+query -> score -> select -> lookup -> expand
+
+Shapes: B batch, S sequence, T = B*S tokens, D hidden size, H heads, R ranks, N side of the logical grid,
+M slots per head, C cores, E blocks, V value dim, K key width of one rank, W convolution width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ultramem import ops
+from ultramem.config import MemoryConfig
+from ultramem.graph.singular import leading_singular_pair, singular_values
+
+
+class Query(nn.Module):
+    """Causal depthwise convolution over time, projection without bias, LayerNorm per side (and per rank, if split)."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        heads = () if config.shared_query else (config.num_heads,)
+        ranks = (config.rank,) if config.rank_layout == "split" else ()
+        self.shape = (2, *heads, *ranks, config.rank_key_dim)
+        self.width = config.conv_width
+        self.conv_DW = nn.Parameter(torch.empty(config.hidden_size, self.width)) if self.width > 1 else None
+        out_features = 2 * config.key_dim * (1 if config.shared_query else config.num_heads)
+        self.proj = nn.Linear(config.hidden_size, out_features, bias=False)
+        self.norm = nn.LayerNorm(config.rank_key_dim, bias=False) if config.qk_norm else nn.Identity()
+
+    def forward(self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None = None) -> Tensor:
+        """Query [T,2,(H),(R),K]; `past_conv_BDW` holds the W-1 inputs before this sequence (zeros if None)."""
+        if self.conv_DW is not None:
+            before_BWD = _before(hidden_BSD, past_conv_BDW, self.width)
+            padded_BSD = torch.cat([before_BWD, hidden_BSD], dim=1)
+            length = hidden_BSD.shape[1]
+            hidden_BSD = sum(
+                (padded_BSD[:, tap : tap + length] * self.conv_DW[:, tap] for tap in range(1, self.width)),
+                padded_BSD[:, :length] * self.conv_DW[:, 0],
+            )
+        return self.norm(self.proj(hidden_BSD.flatten(0, 1)).unflatten(-1, self.shape))
+
+
+def _before(hidden_BSD: Tensor, past_conv_BDW: Tensor | None, width: int) -> Tensor:
+    """The W-1 inputs before the sequence, time-major."""
+    if past_conv_BDW is None:
+        return hidden_BSD.new_zeros(hidden_BSD.shape[0], width - 1, hidden_BSD.shape[2])
+    return past_conv_BDW.transpose(1, 2).to(hidden_BSD.dtype)
+
+
+class Score(nn.Module):
+    """`S[side] = K[side] q[side]` with LayerNormed keys: row and column scores [T,H,R,N] each (paper, eq 4)."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        shape = (config.num_heads, 2, config.rank, config.grid_side, config.rank_key_dim)
+        self.keys_H2RNK = nn.Parameter(torch.empty(shape))
+        self.norm = nn.LayerNorm(config.rank_key_dim, bias=False) if config.qk_norm else nn.Identity()
+        query = "t" + ("" if config.shared_query else "h") + ("r" if config.rank_layout == "split" else "") + "k"
+        self.equation = f"{query},hrnk->thrn"
+
+    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        keys_H2RNK = self.norm(self.keys_H2RNK)
+        row_query, col_query = query.unbind(1)
+        row_keys, col_keys = keys_H2RNK.unbind(1)
+        return torch.einsum(self.equation, row_query, row_keys), torch.einsum(self.equation, col_query, col_keys)
+
+
+class Select(nn.Module):
+    """Top-m of the grid: Tucker scores for rank >= 2 (TDQKR, eq 4-10), additive ones for rank 1 (PKM, eq 2-3)."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.top_m = config.top_m
+        self.candidates = config.candidates
+        h, c, r = config.num_heads, config.num_cores, config.rank
+        self.cores_HCRR = nn.Parameter(torch.empty(h, c, r, r)) if r > 1 else None
+
+    def forward(self, row_scores_THRN: Tensor, col_scores_THRN: Tensor) -> ops.TopK:
+        """Scores [T,H,M,C] and logical addresses [T,H,M]."""
+        if self.cores_HCRR is None:
+            scores_THM, addresses_THM = ops.product_topk(
+                row_scores_THRN.squeeze(2), col_scores_THRN.squeeze(2), self.top_m
+            )
+            return ops.TopK(scores_THM.unsqueeze(-1), addresses_THM)
+        u_HR, t_HR = leading_singular_pair(self.cores_HCRR.sum(1))
+        return ops.tucker_topk(
+            row_scores_THRN, col_scores_THRN, self.cores_HCRR, u_HR, t_HR, self.top_m, candidates=self.candidates
+        )
+
+
+class Lookup(nn.Module):
+    """The value table: logical addresses are shuffled to virtual ones, whose rows are pooled per block (eq 14-17)."""
+
+    address_table: Tensor
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.values_NV = nn.Parameter(torch.empty(config.num_values, config.value_dim))
+        self.num_blocks = config.expansion
+        self.num_addresses = config.expansion * config.num_values
+        self.permutation = config.permutation
+        self.seed = config.permutation_seed
+        if config.permutation == "stored":
+            self.register_buffer("address_table", torch.empty(self.num_addresses, dtype=torch.int64))
+
+    def forward(self, scores_THMC: Tensor, addresses_THM: Tensor) -> Tensor:
+        """Pooled rows [T,E,V]."""
+        indices_TK = addresses_THM.flatten(1)
+        if self.permutation == "computed":
+            indices_TK = ops.permute_addresses(indices_TK, self.num_addresses, self.seed)
+        elif self.permutation == "stored":
+            indices_TK = self.address_table[indices_TK]
+        scores_TKC = scores_THMC.flatten(1, 2).to(self.values_NV.dtype)
+        return ops.lookup_reduce(self.values_NV, indices_TK, scores_TKC, num_blocks=self.num_blocks)
+
+
+class UltraMemLayer(nn.Module):
+    """One memory layer, [B,S,D] -> [B,S,D], for anybody's model; initialised and trainable as it stands.
+
+    Add `aux_loss()` to the training loss, and give `lookup.values_NV` its own learning rate (`ultramem.param_groups`
+    does). For cached decoding, pass the state that `next_conv` returned and keep the new one.
+    """
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.query = Query(config)
+        self.score = Score(config)
+        self.select = Select(config)
+        self.lookup = Lookup(config)
+        self.expand = nn.Linear(config.expansion * config.value_dim, config.hidden_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew (Appendix A; see `ultramem.graph.init`). Does nothing on the meta device."""
+        from ultramem.graph.init import init_memory_layer
+
+        init_memory_layer(self)
+
+    def forward(self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None = None) -> Tensor:
+        query = self.query(hidden_BSD, past_conv_BDW)
+        row_scores, col_scores = self.score(query)
+        scores, addresses = self.select(row_scores, col_scores)
+        pooled_TEV = self.lookup(scores, addresses)
+        return self.expand(pooled_TEV.flatten(1)).unflatten(0, hidden_BSD.shape[:2])
+
+    def next_conv(self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None = None) -> Tensor:
+        """The last W-1 inputs [B,D,W-1] (W >= 1), to pass with the sequence that follows; zeros where there were none."""
+        width = self.config.conv_width
+        inputs_BSD = torch.cat([_before(hidden_BSD, past_conv_BDW, width), hidden_BSD], dim=1)
+        return inputs_BSD[:, inputs_BSD.shape[1] - (width - 1) :].transpose(1, 2)
+
+    def aux_loss(self) -> Tensor:
+        """`alpha/(r-1) * sum_{i>=2} max(0, lambda_i - tau)^2` of the summed core, over heads (eq 11-12); 0 for r = 1."""
+        cores = self.select.cores_HCRR
+        if cores is None or self.config.aux_loss_weight == 0:
+            return self.lookup.values_NV.new_zeros(())
+        trailing = singular_values(cores.sum(1))[:, 1:]
+        excess = (trailing - self.config.aux_loss_margin).clamp_min(0).square()
+        return self.config.aux_loss_weight / (self.config.rank - 1) * excess.sum()

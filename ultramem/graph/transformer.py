@@ -1,0 +1,237 @@
+"""A pre-norm decoder with rotary positions, whose memory layers run beside the layers that they skip.
+
+Shapes: B batch, S new tokens, P cached tokens, D hidden size, A attention heads, X head dim, W convolution width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # the name that everybody uses
+from torch import Tensor, nn
+
+from ultramem.config import ModelConfig
+from ultramem.graph.init import init_linear
+from ultramem.graph.memory_layer import UltraMemLayer
+
+
+class Cache(NamedTuple):
+    """What decoding keeps: per layer keys and values [B,A,P,X], per memory layer its last inputs [B,D,W-1]."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    convs: tuple[Tensor, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self.keys[0].shape[2]
+
+
+class ModelOutput(NamedTuple):
+    """`logits` [B,S,V] float; `cache` with the new tokens appended; `aux_loss`, a scalar, 0 outside training."""
+
+    logits: Tensor
+    cache: Cache
+    aux_loss: Tensor
+
+
+class Attention(nn.Module):
+    """Multi-head causal attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.out = nn.Linear(d, d, bias=False)
+
+    def forward(
+        self, hidden_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SP: Tensor | None, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [B,S,D] and the keys and values [B,A,P+S,X] of all tokens so far."""
+        b, s, _ = hidden_BSD.shape
+        query, key, value = self.qkv(hidden_BSD).view(b, s, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if past is not None:
+            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_B1SP, is_causal=mask_B1SP is None)
+        return self.out(mixed.transpose(1, 2).flatten(2)), key, value
+
+
+def rotary_table(position_ids_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B,1,S,X/2] of the rotary angles (RoFormer, eq 34), in float32."""
+    exponent = torch.arange(0, head_dim, 2, device=position_ids_BS.device, dtype=torch.float32) / head_dim
+    angle = position_ids_BS[:, None, :, None].float() * theta**-exponent
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BASX: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of each head against each other."""
+    first, second = x_BASX.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BASX.dtype)
+
+
+class MLP(nn.Module):
+    """Non-gated GELU MLP."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.inner_size, bias=False)
+        self.down = nn.Linear(config.inner_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(hidden_BSD)))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each behind its LayerNorm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, bias=False)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, bias=False)
+        self.mlp = MLP(config)
+
+
+class Transformer(nn.Module):
+    """The decoder of `ModelConfig`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.memories = nn.ModuleList(
+            UltraMemLayer(config.memory) for _ in config.parsed_insertions if config.memory is not None
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, bias=False)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew (memory layers drew theirs when they were made). Does nothing on the meta device."""
+        if self.embedding.weight.is_meta:
+            return
+        layers = self.config.num_layers
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        init_linear(self.head)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            init_linear(block.attention.qkv)
+            init_linear(block.attention.out, residual_layers=layers)
+            init_linear(block.mlp.up)
+            init_linear(block.mlp.down, residual_layers=layers)
+
+    def empty_cache(self, batch_size: int) -> Cache:
+        """The cache before the first token: keys and values of length 0, convolutions of zeros."""
+        config, weight = self.config, self.embedding.weight
+        past = weight.new_zeros(batch_size, config.num_heads, 0, config.head_dim)
+        width = config.memory.conv_width if config.memory else 1
+        conv = weight.new_zeros(batch_size, config.hidden_size, width - 1)
+        layers, memories = config.num_layers, len(self.memories)
+        return Cache((past,) * layers, (past,) * layers, (conv,) * memories)
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> ModelOutput:
+        """Logits of every new token.
+
+        Args:
+            input_ids_BS: new tokens [B,S], int64.
+            attention_mask: [B,P+S], 1 for tokens, 0 for padding (cached positions included). None: no padding.
+            position_ids: [B,S]; None counts the tokens of the mask, or continues after the cache.
+            cache: of an earlier call; None for the first.
+        """
+        _, s = input_ids_BS.shape
+        past_length = 0 if cache is None else cache.length
+        mask = self._mask(input_ids_BS, attention_mask, past_length) if cache or attention_mask is not None else None
+        if position_ids is None:
+            position_ids = self._positions(input_ids_BS, attention_mask, past_length)
+        rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
+        token_BS1 = None if attention_mask is None else attention_mask[:, past_length:].unsqueeze(-1)
+
+        hidden_BSD = self.dropout(self.embedding(input_ids_BS))
+        keys, values, convs = [], [], []
+        waiting: dict[int, list[Tensor]] = {}
+        insertions = self.config.parsed_insertions
+        for number, block in enumerate(self.blocks, start=1):
+            past = None if cache is None else (cache.keys[number - 1], cache.values[number - 1])
+            attended, key, value = block.attention(block.attention_norm(hidden_BSD), rotary, mask, past)
+            keys.append(key)
+            values.append(value)
+            hidden_BSD = hidden_BSD + self.dropout(attended)
+            mlp_input_BSD = block.mlp_norm(hidden_BSD)
+            for index, (source, target) in enumerate(insertions):
+                if source == number:
+                    # Padding must look like "before the first token" to the convolution: zeros.
+                    memory_input = mlp_input_BSD if token_BS1 is None else mlp_input_BSD * token_BS1
+                    past_conv = None if cache is None else cache.convs[index]
+                    memory = self.memories[index]
+                    assert isinstance(memory, UltraMemLayer)
+                    waiting.setdefault(target, []).append(memory(memory_input, past_conv))
+                    convs.append(memory.next_conv(memory_input, past_conv))
+            hidden_BSD = hidden_BSD + self.dropout(block.mlp(mlp_input_BSD))
+            for memory_output_BSD in waiting.pop(number, ()):
+                hidden_BSD = hidden_BSD + self.dropout(memory_output_BSD)
+        logits_BSV = self.head(self.norm(hidden_BSD))
+        return ModelOutput(logits_BSV, Cache(tuple(keys), tuple(values), tuple(convs)), self._aux_loss(logits_BSV))
+
+    def _aux_loss(self, logits_BSV: Tensor) -> Tensor:
+        total = logits_BSV.new_zeros((), dtype=torch.float32)
+        if self.training:
+            for memory in self.memories:
+                assert isinstance(memory, UltraMemLayer)
+                total = total + memory.aux_loss()
+        return total
+
+    @staticmethod
+    def _mask(input_ids_BS: Tensor, attention_mask: Tensor | None, past_length: int) -> Tensor:
+        """[B or 1,1,S,P+S], True where a new token may look."""
+        s = input_ids_BS.shape[1]
+        new = torch.arange(s, device=input_ids_BS.device).unsqueeze(1) + past_length
+        seen = torch.arange(past_length + s, device=input_ids_BS.device).unsqueeze(0)
+        causal_11SP = (seen <= new)[None, None]
+        if attention_mask is None:
+            return causal_11SP
+        # A padding token looks at itself, so that no row of the softmax is empty.
+        return (causal_11SP & attention_mask.bool()[:, None, None, :]) | (seen == new)[None, None]
+
+    @staticmethod
+    def _positions(input_ids_BS: Tensor, attention_mask: Tensor | None, past_length: int) -> Tensor:
+        if attention_mask is not None:
+            return (attention_mask.long().cumsum(1) - 1).clamp_min(0)[:, past_length:]
+        s = input_ids_BS.shape[1]
+        return (torch.arange(s, device=input_ids_BS.device) + past_length).unsqueeze(0)
+
+
+def build_model(
+    config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Transformer:
+    """The model of `config` with fresh weights (none on the meta device).
+
+    Args:
+        config: a `ModelConfig`, as from `ultramem.preset`.
+        device: where to build; None: the current default device, as under `torch.device("meta")`.
+        dtype: of the weights; None: float32.
+
+    Raises:
+        TypeError: config is not a ModelConfig.
+    """
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"config must be a ModelConfig (see ultramem.preset), got {type(config).__name__}")
+    if device is None:
+        model = Transformer(config)
+    else:
+        with torch.device(device):
+            model = Transformer(config)
+    return model if dtype is None else model.to(dtype)
