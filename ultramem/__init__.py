@@ -10,6 +10,7 @@ from ultramem.graph import (
     UltraMemLayer,
     build_model,
     count,
+    load,
     param_groups,
 )
 from ultramem.presets import preset, presets
@@ -27,6 +28,7 @@ __all__ = [
     "UltraMemLayer",
     "build_model",
     "count",
+    "load",
     "ops",
     "param_groups",
     "preset",

@@ -139,7 +139,9 @@ class ModelConfig:
             self, 1, "vocab_size", "hidden_size", "inner_size", "num_heads", "num_layers", "max_positions"
         )
         if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(f"hidden_size must be a multiple of 2 * num_heads ({self.num_heads}), got {self.hidden_size}")
+            raise ValueError(
+                f"hidden_size must be a multiple of 2 * num_heads ({self.num_heads}), got {self.hidden_size}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         insertions = parse_insertions(self.insertions, self.num_layers)
@@ -147,9 +149,13 @@ class ModelConfig:
             raise ValueError(f"insertions must name layers exactly when there is a memory, got {self.insertions!r}")
         if self.memory is not None:
             if self.memory.hidden_size != self.hidden_size:
-                raise ValueError(f"memory.hidden_size must be hidden_size ({self.hidden_size}), got {self.memory.hidden_size}")
+                raise ValueError(
+                    f"memory.hidden_size must be hidden_size ({self.hidden_size}), got {self.memory.hidden_size}"
+                )
             if self.memory.num_layers != self.num_layers:
-                raise ValueError(f"memory.num_layers must be num_layers ({self.num_layers}), got {self.memory.num_layers}")
+                raise ValueError(
+                    f"memory.num_layers must be num_layers ({self.num_layers}), got {self.memory.num_layers}"
+                )
 
     @property
     def head_dim(self) -> int:

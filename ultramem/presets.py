@@ -68,9 +68,7 @@ _PRESETS: dict[str, ModelConfig] = {
     "dense-6.5b": _dense(4096, 32, 32),
     "ultramem-151m-x12": _ultramem(1024, 16, 12, top_m=16, key_dim=256, knum=1100, insertions="3:5/6:8/9:11"),
     "ultramem-680m-x12": _ultramem(1536, 16, 24, top_m=35, key_dim=384, knum=1632, insertions=_680M),
-    "ultramem-1.6b-x12": _ultramem(
-        2048, 16, 32, top_m=42, key_dim=448, knum=1792, insertions=f"{_680M}/23:27/28:32"
-    ),
+    "ultramem-1.6b-x12": _ultramem(2048, 16, 32, top_m=42, key_dim=448, knum=1792, insertions=f"{_680M}/23:27/28:32"),
     "dense-tiny": _DENSE_TINY,
     "ultramem-tiny": _ULTRAMEM_TINY,
 }

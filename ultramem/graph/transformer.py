@@ -49,7 +49,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(d, d, bias=False)
 
     def forward(
-        self, hidden_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SP: Tensor | None, past: tuple[Tensor, Tensor] | None
+        self,
+        hidden_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask_B1SP: Tensor | None,
+        past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output [B,S,D] and the keys and values [B,A,P+S,X] of all tokens so far."""
         b, s, _ = hidden_BSD.shape

@@ -15,7 +15,9 @@ from ultramem.ops._registration import accumulation_dtype, opaque_op, traceable_
 from ultramem.ops.implementation import runs_triton
 
 
-def lookup_reduce_reference(values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, *, num_blocks: int = 1) -> Tensor:
+def lookup_reduce_reference(
+    values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, *, num_blocks: int = 1
+) -> Tensor:
     """The oracle: gather every row, weight it core by core, add it to its block."""
     n, d = values_ND.shape
     t, k, c = scores_TKC.shape
@@ -121,9 +123,7 @@ def _lookup_reduce_backward_rows(
 
 
 @_lookup_reduce_backward_rows.register_fake
-def _(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     touched = torch.library.get_ctx().new_dynamic_size()
     return (
         indices_TK.new_empty(touched),

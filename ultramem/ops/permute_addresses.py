@@ -8,6 +8,7 @@ half's size, so it is inverted by subtracting; nothing grows past 2^63.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -36,8 +37,11 @@ class Schedule(NamedTuple):
 
 @lru_cache(maxsize=256)
 def schedule(size: int, seed: int) -> Schedule:
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(0, _BITS_31, (PASSES * ROUNDS, 4), generator=generator, device="cpu").tolist()
+    # A hash of the standard library, so that no version of anything changes what a trained table means.
+    drawn = []
+    for index in range(PASSES * ROUNDS):
+        digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=16).digest()
+        drawn.append([int.from_bytes(digest[4 * word : 4 * word + 4], "little") % _BITS_31 for word in range(4)])
     # Odd multipliers in the upper half of 31 bits, so that even small halves fill the bits that are kept.
     keys = tuple((m1 // 2 + 2**30 | 1, c1, m2 // 2 + 2**30 | 1, c2) for m1, c1, m2, c2 in drawn)
     a = math.isqrt(size)

@@ -1,0 +1,112 @@
+"""Weights on disk: `config.json` beside `model.safetensors`, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ultramem.config import FORMAT_VERSION, ModelConfig, from_dict, to_dict
+from ultramem.graph.transformer import Transformer, build_model
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `path` so that readers see the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_config(folder: Path, model_config: ModelConfig, **sections: dict[str, Any]) -> None:
+    """Write config.json: a format version, the model, and the caller's sections ("train", "environment", ...)."""
+    document = {"format_version": FORMAT_VERSION, "model": to_dict(model_config), **sections}
+    write_atomically(folder / CONFIG_FILE, json.dumps(document, indent=2).encode() + b"\n")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The document of config.json, its version checked.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it is not JSON, or of a format that this version does not read.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no {CONFIG_FILE}")
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} must have format_version {FORMAT_VERSION}, got {version!r}")
+    return dict(document)
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    document = read_config(folder)
+    if not isinstance(document.get("model"), dict):
+        raise ValueError(f"{folder / CONFIG_FILE} must hold an object 'model', got {document.get('model')!r}")
+    return from_dict(ModelConfig, document["model"])
+
+
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Write model.safetensors."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(folder / WEIGHTS_FILE, save(tensors))
+
+
+def load(
+    run_or_folder: str | os.PathLike[str], *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Transformer:
+    """The trained model of a run, in eval mode.
+
+    Args:
+        run_or_folder: a folder with config.json and model.safetensors.
+        device: where to; None: the CPU.
+        dtype: of the weights; None: as saved.
+
+    Raises:
+        FileNotFoundError: the folder, its config or its weights are missing.
+        ValueError: the config or the weights are damaged or do not belong together.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(run_or_folder)
+    config = read_model_config(folder)
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}: the run has not finished (train it with --resume)")
+    try:
+        tensors = load_file(path, device=str(device or "cpu"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    model = build_model(config, device="meta")
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise ValueError(
+            f"{path} does not fit {folder / CONFIG_FILE}: {wrong[0]} is {found.get(wrong[0])}, "
+            f"expected {expected.get(wrong[0])} ({len(wrong)} tensors differ)"
+        )
+    model.load_state_dict(tensors, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return (model if dtype is None else model.to(dtype)).eval()
