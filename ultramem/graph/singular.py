@@ -1,11 +1,15 @@
-"""Singular values and vectors of the small scoring cores, by repeated squaring: no host sync, exportable, no state."""
+"""Singular values and vectors of the small scoring cores: no host sync, exportable, no state."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SQUARINGS = 10  # 2^10 power iterations: a second singular value of 0.99 of the first is damped to 1e-9
+# Squarings of the Gram matrix for r > 2, 2^10 power iterations: a second singular value of 0.99 of the first is damped
+# to 1e-9. It is scaled to trace 1 every 5: the largest of r eigenvalues is then at least r^-1, and r^-32 is a normal
+# float32 number up to r = 15.
+ROUNDS = 2
+SQUARINGS_PER_ROUND = 5
 
 
 def leading_singular_pair(core_HRR: Tensor) -> tuple[Tensor, Tensor]:
@@ -14,12 +18,7 @@ def leading_singular_pair(core_HRR: Tensor) -> tuple[Tensor, Tensor]:
     Their free common sign is fixed by `sum(u) + sum(t) >= 0`.
     """
     core = core_HRR.detach().float()
-    power = _normalised(core.transpose(1, 2) @ core)
-    for _ in range(SQUARINGS):
-        power = _normalised(power @ power)
-    # `power` is now t t^T; its row of the largest diagonal entry is t up to scale.
-    row = power.diagonal(dim1=1, dim2=2).argmax(dim=1, keepdim=True).unsqueeze(-1)
-    t_HR = _unit(power.gather(1, row.expand(-1, 1, core.shape[-1])).squeeze(1))
+    t_HR = _leading_eigenvector(core.transpose(1, 2) @ core)
     u_HR = _unit((core @ t_HR.unsqueeze(-1)).squeeze(-1))
     negative = (u_HR.sum(1) + t_HR.sum(1) < 0).unsqueeze(1)
     return torch.where(negative, -u_HR, u_HR), torch.where(negative, -t_HR, t_HR)
@@ -38,11 +37,22 @@ def singular_values(core_HRR: Tensor) -> Tensor:
     return torch.stack(values, dim=1)
 
 
-def _normalised(matrix_HRR: Tensor) -> Tensor:
-    trace = matrix_HRR.diagonal(dim1=1, dim2=2).sum(1)
-    return matrix_HRR / trace.clamp_min(torch.finfo(matrix_HRR.dtype).tiny).view(-1, 1, 1)
+def _leading_eigenvector(gram_HRR: Tensor) -> Tensor:
+    """Unit eigenvector [H,R] of the largest eigenvalue of a symmetric matrix without negative eigenvalues."""
+    if gram_HRR.shape[-1] == 2:  # the usual rank, in closed form: the rotation that makes the matrix diagonal
+        angle_H = 0.5 * torch.atan2(2 * gram_HRR[:, 0, 1], gram_HRR[:, 0, 0] - gram_HRR[:, 1, 1])
+        return torch.stack([angle_H.cos(), angle_H.sin()], dim=1)
+    for _ in range(ROUNDS):
+        trace_H = gram_HRR.diagonal(dim1=1, dim2=2).sum(1)
+        gram_HRR = gram_HRR / trace_H.clamp_min(torch.finfo(torch.float32).tiny).view(-1, 1, 1)
+        for _ in range(SQUARINGS_PER_ROUND):
+            gram_HRR = gram_HRR @ gram_HRR
+    # The matrix is now t t^T up to scale; its row of the largest diagonal entry is t up to scale.
+    row = gram_HRR.diagonal(dim1=1, dim2=2).argmax(dim=1).view(-1, 1, 1)
+    return _unit(gram_HRR.gather(1, row.expand(-1, 1, gram_HRR.shape[-1])).squeeze(1))
 
 
 def _unit(vector_HR: Tensor) -> Tensor:
-    norm = vector_HR.square().sum(1, keepdim=True).sqrt()
-    return vector_HR / norm.clamp_min(torch.finfo(vector_HR.dtype).tiny)
+    scale = vector_HR.abs().amax(1, keepdim=True).clamp_min(torch.finfo(vector_HR.dtype).tiny)
+    scaled = vector_HR / scale  # so that squares of small entries do not underflow
+    return scaled / scaled.square().sum(1, keepdim=True).sqrt().clamp_min(torch.finfo(vector_HR.dtype).tiny)
