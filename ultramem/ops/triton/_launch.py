@@ -1,0 +1,20 @@
+"""What the launches share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def refuse_float64(**tensors: Tensor) -> None:
+    """The kernels add in float32; a float64 tensor would lose half of its digits without a word."""
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float64:
+            raise TypeError(
+                f"{name} has dtype torch.float64, which the Triton kernels do not support (float32, bfloat16, float16); "
+                "use ultramem.ops.use_implementation(Implementation.ATEN)"
+            )
+
+
+def next_power_of_2(x: int) -> int:
+    return 1 << (x - 1).bit_length()

@@ -1,0 +1,429 @@
+"""Kernels of product_topk and tucker_topk: two launches forward, one backward.
+
+Shapes: T tokens, H heads, P = T*H pairs, R ranks, N the side of the grid, C cores, K kept slots, S rows (and columns)
+a tail, X tails: 1, or 2 for two-tailed candidates.
+
+Selection finds the k-th largest key by bit search (32 counts) instead of sorting: a few instructions a key, and keys
+stay where they were loaded. Kept slots come out best first, equal scores by the lower address, as in the aten path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from ultramem.ops.triton._launch import next_power_of_2, refuse_float64
+from ultramem.ops.tucker_topk import tail_length
+
+# Keys a thread holds in the side kernel: 16 registers beside about 30 of the search; more warps than that only wait at
+# the barriers of the 32 counts. N = 2200..3584 pads to 4096 keys, so 8 warps.
+SIDE_KEYS_PER_THREAD = 16
+SIDE_MAX_WARPS = 16
+# Cells a thread holds in the grid kernel. A cell costs a key, an address and its offsets: 8 cells stay under 128
+# registers for k = 42 (1764 cells, padded to 2048).
+CELLS_PER_THREAD = 8
+GRID_MAX_WARPS = 8
+# The largest tensor of Triton has 2^20 elements, and selection holds the k * k candidates in one.
+MAX_K = 1024
+# Floats that a program of the backward clears at once: 16 bytes a lane for bf16 and 4 warps.
+CLEAR = 1024
+BACKWARD_WARPS = 4
+
+
+@triton.jit
+def _key(x):
+    """float32 as uint32 of the same order; -0.0 and 0.0 are equal."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _threshold(key, m):
+    """The m-th largest key: the largest value that at least m keys reach."""
+    threshold = tl.zeros([], tl.uint32)
+    one = tl.full([], 1, tl.uint32)
+    for bit in range(32):
+        candidate = threshold | (one << (31 - bit))
+        threshold = tl.where(tl.sum((key >= candidate).to(tl.int32)) >= m, candidate, threshold)
+    return threshold
+
+
+@triton.jit
+def _keep(key, address, m):
+    """True for the m largest keys; of equal keys, for the lower uint32 addresses."""
+    threshold = _threshold(key, m)
+    above = key > threshold
+    equal = key == threshold
+    spare = m - tl.sum(above.to(tl.int32))
+    if tl.sum(equal.to(tl.int32)) > spare:
+        priority = ~address
+        equal = equal & (priority >= _threshold(tl.where(equal, priority, 0), spare))
+    return above | equal
+
+
+@triton.jit
+def _side_scores(side, weights, i, N: tl.constexpr, R: tl.constexpr, WEIGHTED: tl.constexpr):
+    """weights^T side at positions i, or the side itself."""
+    if WEIGHTED:
+        x = tl.zeros(i.shape, tl.float32)
+        for r in tl.static_range(R):
+            weight = tl.load(weights + r).to(tl.float32)
+            x += weight * tl.load(side + r * N + i, mask=i < N, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(side + i, mask=i < N, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def side_topk_kernel(
+    row,
+    col,
+    u,
+    t,
+    positions,
+    H,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    TAILS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """positions[p, side, tail] = the S largest (tail 1: smallest) of a side's scores, as ascending positions.
+
+    A program serves one tail of one side of one pair: sides and tails run beside each other, not in turn.
+    Bytes: R * N * itemsize read, 4 S written. Registers: WIDTH / threads keys, and as many flags.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    head = tl.program_id(0) % H
+    i = tl.arange(0, WIDTH)
+    if part < TAILS:
+        x = _side_scores(row + pair * (R * N), u + head * R, i, N, R, WEIGHTED)
+    else:
+        x = _side_scores(col + pair * (R * N), t + head * R, i, N, R, WEIGHTED)
+    if part % TAILS == 1:
+        x = -x
+    key = tl.where(i < N, _key(x), 0)
+    keep = _keep(key, i.to(tl.uint32), S) & (i < N)
+    slot = tl.cumsum(keep.to(tl.int32), 0) - 1
+    tl.store(positions + (pair * (2 * TAILS) + part) * S + slot, i, mask=keep)
+
+
+@triton.jit
+def _cell_scores(
+    row, col, cores, i, j, mask, core, N: tl.constexpr, R: tl.constexpr, C: tl.constexpr, SUMMED: tl.constexpr
+):
+    """row_i^T core col_j, with the given core or (SUMMED) the sum of the cores."""
+    score = tl.zeros(i.shape, tl.float32)
+    for r in tl.static_range(R):
+        right = tl.zeros(i.shape, tl.float32)
+        for s in tl.static_range(R):
+            weight = tl.load(cores + (core * R + r) * R + s).to(tl.float32)
+            if SUMMED:
+                for c in tl.static_range(1, C):
+                    weight += tl.load(cores + (c * R + r) * R + s).to(tl.float32)
+            right += weight * tl.load(col + s * N + j, mask=mask, other=0.0).to(tl.float32)
+        score += tl.load(row + r * N + i, mask=mask, other=0.0).to(tl.float32) * right
+    return score
+
+
+@triton.jit
+def _sum_scores(row, col, i, j, mask):
+    left = tl.load(row + i, mask=mask, other=0.0).to(tl.float32)
+    return left + tl.load(col + j, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def grid_topk_kernel(
+    row,
+    col,
+    cores,
+    positions,
+    found,
+    scores,
+    addresses,
+    H,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    TAILS: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    CELLS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """The K best of a pair's TAILS * S * S candidate cells: kept by bit search, compacted through `found`, ranked.
+
+    `found` [P,K] int64 holds (key, complement of the address), so that one comparison orders score and address.
+    Bytes: the candidates' scores (2 R S TAILS elements, from L2), 8 K of found each way, K (8 + C * itemsize) written.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    row += pair * (R * N)
+    col += pair * (R * N)
+    cores += (tl.program_id(0) % H) * (C * R * R)
+    positions += pair * (2 * TAILS * S)
+    found += pair * K
+    f = tl.arange(0, CELLS)
+    valid = f < TAILS * S * S
+    tail = f // (S * S)
+    cell = f % (S * S)
+    i = tl.load(positions + tail * S + cell // S, mask=valid, other=0)
+    j = tl.load(positions + (TAILS + tail) * S + cell % S, mask=valid, other=0)
+    if OVERLAP:  # a cell of both tails counts once
+        row_twice = f < 0
+        col_twice = f < 0
+        for s in range(S):
+            row_twice = row_twice | (i == tl.load(positions + s))
+            col_twice = col_twice | (j == tl.load(positions + TAILS * S + s))
+        valid = valid & ((tail == 0) | ~(row_twice & col_twice))
+    if ADDITIVE:
+        score = _sum_scores(row, col, i, j, valid)
+    else:
+        score = _cell_scores(row, col, cores, i, j, valid, 0, N, R, C, True)
+    key = tl.where(valid, _key(score), 0)
+    address = (i.to(tl.int64) * N + j).to(tl.uint32)
+    keep = _keep(key, address, K) & valid
+    slot = tl.cumsum(keep.to(tl.int32), 0) - 1
+    packed = ((key.to(tl.int64) - 2147483648) << 32) | (~address).to(tl.int64)
+    tl.store(found + slot, packed, mask=keep)
+    tl.debug_barrier()  # slots were written by other threads
+
+    a = tl.arange(0, SLOTS)
+    lowest: tl.constexpr = -9223372036854775808
+    mine = tl.load(found + a, mask=a < K, other=lowest)
+    better = mine[None, :] > mine[:, None]
+    rank = tl.sum(better.to(tl.int32), axis=1)
+    kept = ~mine & 0xFFFFFFFF
+    i_kept = kept // N
+    j_kept = kept % N
+    out = pair * K + rank
+    tl.store(addresses + out, kept, mask=a < K)
+    if ADDITIVE:
+        tl.store(scores + out, _sum_scores(row, col, i_kept, j_kept, a < K).to(scores.dtype.element_ty), mask=a < K)
+    else:
+        for c in tl.static_range(C):
+            kept_score = _cell_scores(row, col, cores, i_kept, j_kept, a < K, c, N, R, C, False)
+            tl.store(scores + out * C + c, kept_score.to(scores.dtype.element_ty), mask=a < K)
+
+
+@triton.jit
+def _clear(out, SPAN: tl.constexpr, CLEAR: tl.constexpr):
+    zeros = tl.zeros([CLEAR], out.dtype.element_ty)
+    for start in range(0, SPAN, CLEAR):
+        at = start + tl.arange(0, CLEAR)
+        tl.store(out + at, zeros, mask=at < SPAN)
+
+
+@triton.jit
+def _add_up(out, position, contribution, mask):
+    """out[position] = the sum over all slots at that position; slots that share one write the same bits."""
+    same = (position[:, None] == position[None, :]) & mask[None, :]
+    total = tl.sum(tl.where(same, contribution[None, :], 0.0), axis=1)
+    tl.store(out + position, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product_topk_backward_kernel(
+    grad, addresses, grad_row, grad_col, N: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, CLEAR: tl.constexpr
+):
+    """Gradients of both sides of a pair, written whole: cleared, then every touched position once.
+
+    Bytes: 2 N * itemsize written, K (8 + itemsize) read.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    grad_row += pair * N
+    grad_col += pair * N
+    _clear(grad_row, N, CLEAR)
+    _clear(grad_col, N, CLEAR)
+    tl.debug_barrier()  # the sums overwrite zeros of other threads
+    a = tl.arange(0, SLOTS)
+    address = tl.load(addresses + pair * K + a, mask=a < K, other=0)
+    g = tl.load(grad + pair * K + a, mask=a < K, other=0.0).to(tl.float32)
+    _add_up(grad_row, address // N, g, a < K)
+    _add_up(grad_col, address % N, g, a < K)
+
+
+@triton.jit
+def tucker_topk_backward_kernel(
+    grad,
+    row,
+    col,
+    cores,
+    addresses,
+    grad_row,
+    grad_col,
+    core_parts,
+    H,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CLEAR: tl.constexpr,
+):
+    """All gradients of a pair: of both sides, written whole, and its own part [C,R,R] of the cores' gradient.
+
+    Bytes: 2 R N * itemsize written; K (8 + C * itemsize) and 2 R K scattered elements read.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    row += pair * (R * N)
+    col += pair * (R * N)
+    grad_row += pair * (R * N)
+    grad_col += pair * (R * N)
+    cores += (tl.program_id(0) % H) * (C * R * R)
+    core_parts += pair * (C * R * R)
+    _clear(grad_row, R * N, CLEAR)
+    _clear(grad_col, R * N, CLEAR)
+    tl.debug_barrier()  # the sums overwrite zeros of other threads
+    a = tl.arange(0, SLOTS)
+    mask = a < K
+    address = tl.load(addresses + pair * K + a, mask=mask, other=0)
+    i = address // N
+    j = address % N
+    grad += (pair * K + a) * C
+    for r in tl.static_range(R):
+        along_row = tl.zeros([SLOTS], tl.float32)
+        along_col = tl.zeros([SLOTS], tl.float32)
+        row_r = tl.load(row + r * N + i, mask=mask, other=0.0).to(tl.float32)
+        for s in tl.static_range(R):
+            col_s = tl.load(col + s * N + j, mask=mask, other=0.0).to(tl.float32)
+            row_s = tl.load(row + s * N + i, mask=mask, other=0.0).to(tl.float32)
+            for c in tl.static_range(C):
+                g = tl.load(grad + c, mask=mask, other=0.0).to(tl.float32)
+                along_row += g * tl.load(cores + (c * R + r) * R + s).to(tl.float32) * col_s
+                along_col += g * tl.load(cores + (c * R + s) * R + r).to(tl.float32) * row_s
+                tl.store(core_parts + (c * R + r) * R + s, tl.sum(g * row_r * col_s))
+        _add_up(grad_row + r * N, i, along_row, mask)
+        _add_up(grad_col + r * N, j, along_col, mask)
+
+
+def side_launch(n: int, r: int, k: int, *, candidates: str, weighted: bool) -> dict[str, Any]:
+    """Constants and warps of the side kernel."""
+    width = next_power_of_2(n)
+    constants = {"N": n, "R": r, "S": tail_size(k, candidates), "TAILS": num_tails(candidates), "WEIGHTED": weighted}
+    warps = min(SIDE_MAX_WARPS, max(1, width // (32 * SIDE_KEYS_PER_THREAD)))
+    return {**constants, "WIDTH": width, "num_warps": warps}
+
+
+def grid_launch(n: int, r: int, c: int, k: int, *, candidates: str, additive: bool) -> dict[str, Any]:
+    """Constants and warps of the grid kernel."""
+    size, tails = tail_size(k, candidates), num_tails(candidates)
+    cells = next_power_of_2(tails * size * size)
+    constants = {"N": n, "R": r, "C": c, "K": k, "S": size, "TAILS": tails, "ADDITIVE": additive}
+    warps = min(GRID_MAX_WARPS, max(1, cells // (32 * CELLS_PER_THREAD)))
+    overlap = tails == 2 and 2 * size > n
+    return {**constants, "OVERLAP": overlap, "CELLS": cells, "SLOTS": next_power_of_2(k), "num_warps": warps}
+
+
+def product_backward_launch(n: int, k: int) -> dict[str, Any]:
+    """Constants and warps of the backward of product_topk."""
+    return {"N": n, "K": k, "SLOTS": next_power_of_2(k), "CLEAR": CLEAR, "num_warps": BACKWARD_WARPS}
+
+
+def tucker_backward_launch(n: int, r: int, c: int, k: int) -> dict[str, Any]:
+    """Constants and warps of the backward of tucker_topk."""
+    return {"R": r, "C": c, **product_backward_launch(n, k)}
+
+
+def num_tails(candidates: str) -> int:
+    return 2 if candidates == "two_tailed" else 1
+
+
+def tail_size(k: int, candidates: str) -> int:
+    if k > MAX_K:
+        raise ValueError(
+            f"k must be at most {MAX_K} for the Triton kernels, got {k}; "
+            "use ultramem.ops.use_implementation(Implementation.ATEN)"
+        )
+    return tail_length(k) if candidates == "two_tailed" else k
+
+
+def product_topk(row_THN: Tensor, col_THN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    refuse_float64(row_scores_THN=row_THN)
+    t, h, n = row_THN.shape
+    scores_THK = row_THN.new_empty(t, h, k)
+    # The kernels' arguments for cores and singular vectors are unread where there are none.
+    addresses_THK = _launch_forward(row_THN, col_THN, row_THN, row_THN, row_THN, scores_THK, (1, 1, k, "one_tailed"))
+    return scores_THK, addresses_THK
+
+
+def tucker_topk(
+    row_THRN: Tensor, col_THRN: Tensor, cores_HCRR: Tensor, u_HR: Tensor, t_HR: Tensor, k: int, candidates: str
+) -> tuple[Tensor, Tensor]:
+    refuse_float64(row_scores_THRN=row_THRN, cores_HCRR=cores_HCRR, u_HR=u_HR, t_HR=t_HR)
+    t, h, r, n = row_THRN.shape
+    c = cores_HCRR.shape[1]
+    scores_THKC = row_THRN.new_empty(t, h, k, c)
+    sizes = (int(r), int(c), k, candidates)
+    addresses_THK = _launch_forward(row_THRN, col_THRN, cores_HCRR, u_HR, t_HR, scores_THKC, sizes)
+    return scores_THKC, addresses_THK
+
+
+def _launch_forward(
+    row: Tensor,
+    col: Tensor,
+    cores: Tensor,
+    u: Tensor,
+    t: Tensor,
+    scores: Tensor,
+    sizes: tuple[int, int, int, str],
+) -> Tensor:
+    """Write `scores` [T,H,K(,C)]; return addresses [T,H,K]."""
+    r, c, k, candidates = sizes
+    additive = scores.ndim == 3
+    tokens, heads, n = row.shape[0], int(row.shape[1]), int(row.shape[-1])
+    side = side_launch(n, r, k, candidates=candidates, weighted=not additive)
+    grid = grid_launch(n, r, c, k, candidates=candidates, additive=additive)
+    addresses = row.new_empty(tokens, heads, k, dtype=torch.int64)
+    pairs = tokens * heads
+    if pairs == 0:
+        return addresses
+    positions = row.new_empty(pairs, 2 * side["TAILS"], side["S"], dtype=torch.int32)
+    found = row.new_empty(pairs, k, dtype=torch.int64)
+    wrap_triton(side_topk_kernel)[(pairs, 2 * side["TAILS"])](row, col, u, t, positions, heads, **side)
+    wrap_triton(grid_topk_kernel)[(pairs,)](row, col, cores, positions, found, scores, addresses, heads, **grid)
+    return addresses
+
+
+def product_topk_backward(grad_scores_THK: Tensor, addresses_THK: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    refuse_float64(grad_scores_THK=grad_scores_THK)
+    t, h, k = grad_scores_THK.shape
+    grad_row_THN, grad_col_THN = grad_scores_THK.new_empty(t, h, n), grad_scores_THK.new_empty(t, h, n)
+    if t * h:
+        product_topk_backward_kernel[(t * h,)](
+            grad_scores_THK, addresses_THK, grad_row_THN, grad_col_THN, **product_backward_launch(n, k)
+        )
+    return grad_row_THN, grad_col_THN
+
+
+def tucker_topk_backward(
+    grad_THKC: Tensor, row_THRN: Tensor, col_THRN: Tensor, cores_HCRR: Tensor, addresses_THK: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of row scores, column scores and cores; the last adds one part a pair in torch's fixed order."""
+    refuse_float64(row_scores_THRN=row_THRN, cores_HCRR=cores_HCRR)
+    t, h, r, n = row_THRN.shape
+    c, k = cores_HCRR.shape[1], addresses_THK.shape[-1]
+    grad_row_THRN, grad_col_THRN = torch.empty_like(row_THRN), torch.empty_like(col_THRN)
+    core_parts = row_THRN.new_empty(t, h, c, r, r, dtype=torch.float32)
+    if t * h:
+        tucker_topk_backward_kernel[(t * h,)](
+            grad_THKC,
+            row_THRN,
+            col_THRN,
+            cores_HCRR,
+            addresses_THK,
+            grad_row_THRN,
+            grad_col_THRN,
+            core_parts,
+            h,
+            **tucker_backward_launch(n, r, c, k),
+        )
+    return grad_row_THRN, grad_col_THRN, core_parts.sum(0).to(cores_HCRR.dtype)
