@@ -1,0 +1,114 @@
+"""A run folder: config.json, metrics.jsonl, checkpoints/, model.safetensors, exports/."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ultramem
+from ultramem.config import ModelConfig, TrainConfig, to_dict
+from ultramem.graph.weights import CONFIG_FILE, WEIGHTS_FILE, read_config, write_atomically, write_config
+from ultramem.runtime.data import Corpus
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of a run, and what may be done to it."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS_FILE
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    def create(self, model: ModelConfig, train: TrainConfig, corpus: Corpus, *, resume: bool) -> None:
+        """Make the folder, or check that an existing one is this very run's.
+
+        Raises:
+            FileExistsError: the folder holds something and `resume` is off, or it is something else than a run.
+            ValueError: resuming under another model, training configuration or text; the first difference is named.
+        """
+        description = describe(model, train, corpus)
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"out: {self.path} exists and is not a folder")
+        # A process killed in its first moments may leave only the temporary file of config.json.
+        names = [p.name for p in self.path.iterdir() if p.suffix != ".tmp"] if self.path.exists() else []
+        if names and not resume:
+            raise FileExistsError(f"out: the folder {self.path} exists already; continue it with --resume, or name another")
+        if CONFIG_FILE in names:
+            found = read_config(self.path)
+            for section, fields in description.items():
+                for name, value in _flatten(fields).items():
+                    was = _flatten(found.get(section, {})).get(name)
+                    if was != value:
+                        raise ValueError(
+                            f"resume: {section}.{name} must be {was!r} as in {self.path / CONFIG_FILE}, got {value!r}"
+                        )
+            return
+        if names:
+            raise FileExistsError(f"out: the folder {self.path} exists already and is not a run (no {CONFIG_FILE})")
+        self.path.mkdir(parents=True, exist_ok=True)
+        sections = {name: fields for name, fields in description.items() if name != "model"}
+        write_config(self.path, model, **sections, environment=environment())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The whole lines of metrics.jsonl; a last line cut off by a kill is left out."""
+        if not self.metrics.is_file():
+            return []
+        rows = []
+        for line in self.metrics.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break
+            rows.append(json.loads(line))
+        return rows
+
+    def keep_metrics_until(self, step: int) -> list[dict[str, Any]]:
+        """Drop what came after `step` (it will be done again) and return the rest."""
+        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        return rows
+
+
+def describe(model: ModelConfig, train: TrainConfig, corpus: Corpus) -> dict[str, dict[str, Any]]:
+    """What a run is a function of."""
+    return {
+        "model": to_dict(model),
+        "train": to_dict(train),
+        "data": {"name": corpus.name, "sha256": corpus.sha256},
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device that the run began with."""
+    return {
+        "ultramem": ultramem.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in fields.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
