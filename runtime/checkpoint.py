@@ -27,7 +27,9 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> None:
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str
+) -> None:
     """Write the checkpoint of `step` and delete all but the newest KEEP."""
     from safetensors.torch import save
 

@@ -51,7 +51,9 @@ class RunFolder:
         # A process killed in its first moments may leave only the temporary file of config.json.
         names = [p.name for p in self.path.iterdir() if p.suffix != ".tmp"] if self.path.exists() else []
         if names and not resume:
-            raise FileExistsError(f"out: the folder {self.path} exists already; continue it with --resume, or name another")
+            raise FileExistsError(
+                f"out: the folder {self.path} exists already; continue it with --resume, or name another"
+            )
         if CONFIG_FILE in names:
             found = read_config(self.path)
             for section, fields in description.items():

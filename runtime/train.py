@@ -72,7 +72,7 @@ def train(
 
     Raises:
         FileExistsError: `out` holds something and `resume` is off.
-        ValueError: the text is shorter than a sequence, or `resume` meets another configuration or a damaged checkpoint.
+        ValueError: the text is shorter than a sequence, or `resume` meets another configuration or a damaged file.
         Stopped: on SIGINT or SIGTERM, after a checkpoint.
     """
     stream = corpus.train_stream()

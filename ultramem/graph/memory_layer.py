@@ -148,13 +148,16 @@ class UltraMemLayer(nn.Module):
         return self.expand(pooled_TEV.flatten(1)).unflatten(0, hidden_BSD.shape[:2])
 
     def next_conv(self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None = None) -> Tensor:
-        """The last W-1 inputs [B,D,W-1] (W >= 1), to pass with the sequence that follows; zeros where there were none."""
+        """The last W-1 inputs [B,D,W-1], to pass with the sequence that follows; zeros where there were none."""
         width = self.config.conv_width
         inputs_BSD = torch.cat([_before(hidden_BSD, past_conv_BDW, width), hidden_BSD], dim=1)
         return inputs_BSD[:, inputs_BSD.shape[1] - (width - 1) :].transpose(1, 2)
 
     def aux_loss(self) -> Tensor:
-        """`alpha/(r-1) * sum_{i>=2} max(0, lambda_i - tau)^2` of the summed core, over heads (eq 11-12); 0 for r = 1."""
+        """`alpha/(r-1) * sum_{i>=2} max(0, lambda_i - tau)^2` of the summed core, over heads (eq 11-12).
+
+        A scalar with gradient; 0 for r = 1.
+        """
         cores = self.select.cores_HCRR
         if cores is None or self.config.aux_loss_weight == 0:
             return self.lookup.values_NV.new_zeros(())

@@ -156,9 +156,10 @@ class Transformer(nn.Module):
             position_ids: [B,S]; None counts the tokens of the mask, or continues after the cache.
             cache: of an earlier call; None for the first.
         """
-        _, s = input_ids_BS.shape
         past_length = 0 if cache is None else cache.length
-        mask = self._mask(input_ids_BS, attention_mask, past_length) if cache or attention_mask is not None else None
+        mask = None  # plain causal attention
+        if cache is not None or attention_mask is not None:
+            mask = self._mask(input_ids_BS, attention_mask, past_length)
         if position_ids is None:
             position_ids = self._positions(input_ids_BS, attention_mask, past_length)
         rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)

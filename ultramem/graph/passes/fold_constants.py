@@ -5,6 +5,7 @@ In a memory layer: the leading singular pair of the summed core, and the LayerNo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -53,8 +54,10 @@ def fold_constants(gm: GraphModule, weights: Mapping[str, Tensor], *, small_byte
     if not worth:
         return finish(gm, False)
     values = _Evaluate(gm, weights).values(worth)
+    taken = {node.name.removeprefix("b_") for node in gm.graph.nodes if node.op == "placeholder"}
     for node, value in zip(worth, values, strict=True):
-        name = f"folded_{sum(1 for _ in gm.named_buffers(recurse=False))}"
+        name = next(name for name in map("folded_{}".format, itertools.count()) if name not in taken)
+        taken.add(name)
         gm.register_buffer(name, value)
         with gm.graph.inserting_before(node):
             folded = gm.graph.get_attr(name)

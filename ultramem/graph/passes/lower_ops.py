@@ -6,6 +6,7 @@ import operator
 from typing import Any
 
 import torch
+from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -33,11 +34,11 @@ def _inline(gm: GraphModule, node: Node) -> None:
 
     def call(*values: torch.Tensor) -> Any:
         given = iter(values)
-        # Under make_fx the registered op is opaque; its body is what its fake kernel runs.
-        return _body(node)(*(next(given) if isinstance(arg, Node) else arg for arg in node.args))
+        return node.target(*(next(given) if isinstance(arg, Node) else arg for arg in node.args))  # type: ignore[operator]  # an op
 
     with use_implementation(Implementation.ATEN), fakes[0].fake_mode:
-        body = make_fx(call, tracing_mode="real")(*fakes)
+        # Ops of this package dissolve under functionalisation (ultramem.ops._registration).
+        body = make_fx(dispatch_functionalize(call), tracing_mode="real")(*fakes)
     body.graph.eliminate_dead_code()
     placeholders = [each for each in body.graph.nodes if each.op == "placeholder"]
     copies: dict[Node, Any] = dict(zip(placeholders, tensors, strict=True))
@@ -59,9 +60,3 @@ def _inline(gm: GraphModule, node: Node) -> None:
             user.replace_all_uses_with(copies[output[user.args[1]]])
             gm.graph.erase_node(user)
     gm.graph.erase_node(node)
-
-
-def _body(node: Node) -> Any:
-    from ultramem.ops import lookup_reduce, permute_addresses, product_topk, tucker_topk
-
-    raise NotImplementedError

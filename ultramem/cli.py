@@ -1,0 +1,343 @@
+"""The `ultramem` command: it parses, calls and prints; what it calls says what is wrong with bad input.
+
+Exit codes: 0 done, 2 bad input (one line on stderr), 130 stopped by Ctrl-C with the work saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ultramem.config import ModelConfig, TrainConfig, from_dict
+
+if TYPE_CHECKING:
+    from ultramem.runtime.engine import Engine
+
+ENGINES = ("eager", "compile", "onnx", "aoti")
+EXPORTS = ("onnx", "aoti")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors as one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = _build_parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # --help (0) or a usage error (2)
+        return int(stop.code or 0)
+    prefix = f"ultramem {args.command}"
+    try:
+        result = args.run(args)
+    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, ImportError) as error:
+        if args.traceback:
+            raise
+        print(f"{prefix}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"{prefix}: {_one_line(stop) or 'stopped'}", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(result))
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _build_parser() -> _Parser:
+    parser = _Parser(prog="ultramem", description="Train, export and profile transformers with memory layers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_text, description=help_text)
+        sub.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
+        sub.add_argument("--traceback", action="store_true", help="show where bad input was noticed")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("params", _params, "Count the parameters and FLOPs of a preset, by arithmetic.")
+    sub.add_argument("preset", metavar="PRESET")
+
+    sub = command("train", _train, "Train a preset on text, into a run folder.")
+    sub.add_argument("--preset", required=True, metavar="P", help="see `ultramem params --help`, or ultramem.presets()")
+    sub.add_argument("--data", required=True, metavar="D", help="austen, a text file, or a folder of *.txt")
+    sub.add_argument("--out", required=True, type=Path, metavar="RUN", help="run folder to write")
+    sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN, or from step 0")
+    sub.add_argument("--config", type=Path, metavar="F.toml", help="training options as TOML; flags win")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    _add_config_flags(sub, TrainConfig)
+
+    sub = command("eval", _eval, "Loss and bits per byte of a run on held-out text.")
+    sub.add_argument("run_folder", type=Path, metavar="RUN")
+    sub.add_argument("--data", metavar="D", help="other text than the run's: all of it is evaluated on")
+    sub.add_argument("--sequence-length", type=int, metavar="N", help="tokens per window (default: as trained)")
+    sub.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile first")
+
+    sub = command("generate", _generate, "Continue a prompt.")
+    sub.add_argument("run_folder", type=Path, metavar="RUN")
+    sub.add_argument("--prompt", required=True, metavar="TEXT")
+    sub.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="(default: 200)")
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
+    sub.add_argument("--top-p", type=float, default=1.0, metavar="X", help="nucleus of the sampling (default: 1)")
+    sub.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (default: 0)")
+    sub.add_argument("--engine", default="eager", choices=ENGINES, help="(default: eager)")
+    sub.add_argument("--artifact", type=Path, metavar="DIR", help="export folder (default: RUN/exports/ENGINE)")
+
+    sub = command("export", _export, "Lower a run to another engine, run the artefact and record its parity.")
+    sub.add_argument("run_folder", type=Path, metavar="RUN")
+    sub.add_argument("--to", required=True, choices=EXPORTS)
+    sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="export folder to write")
+
+    sub = command("profile", _profile, "Latency of a run or preset by engine, batch and stage.")
+    sub.add_argument("target", metavar="RUN|PRESET")
+    sub.add_argument("--engine", default="eager", metavar="E[,E...]", help=f"of {', '.join(ENGINES)} (default: eager)")
+    sub.add_argument("--batch", default="1,8", metavar="B[,B...]", help="(default: 1,8)")
+    sub.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="length of the prefill (default: 128)")
+    sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for profile.json and report.html")
+    return parser
+
+
+def _add_config_flags(parser: argparse.ArgumentParser, cls: type[TrainConfig]) -> None:
+    """A flag per field of the config; unset ones leave the TOML file's value or the default."""
+    hints = typing.get_type_hints(cls)
+    group = parser.add_argument_group("training options")
+    for field in dataclasses.fields(cls):
+        flag, hint = f"--{field.name.replace('_', '-')}", hints[field.name]
+        help_text = f"(default: {field.default})"
+        if hint is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
+        elif typing.get_origin(hint) is typing.Literal:
+            group.add_argument(flag, choices=typing.get_args(hint), default=None, help=help_text)
+        else:
+            group.add_argument(flag, type=hint, default=None, metavar="N" if hint is int else "X", help=help_text)
+
+
+def _params(args: argparse.Namespace) -> dict[str, Any]:
+    from ultramem.graph.counts import count
+    from ultramem.presets import preset
+
+    counts = count(preset(args.preset))
+    result = {"preset": args.preset, **counts._asdict()}
+    result["bytes"] = {
+        name: size * counts.total_with_embeddings for name, size in (("float32", 4), ("bfloat16", 2), ("int8", 1))
+    }
+    if not args.json:
+        print(f"{args.preset}: {counts.total / 1e9:.3f} B parameters without embedding and head")
+        for name, value in counts._asdict().items():
+            print(f"  {name:<22}{value:>18,}")
+        for name, value in result["bytes"].items():
+            print(f"  {'bytes in ' + name:<22}{value:>18,}")
+    return result
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any]:
+    from ultramem.presets import preset
+
+    model_config, config = preset(args.preset), _train_config(args)
+    from ultramem.runtime.data import load_corpus
+    from ultramem.runtime.progress import TrainingProgress
+    from ultramem.runtime.train import Stopped, train
+
+    corpus = load_corpus(args.data)
+    try:
+        with TrainingProgress() as progress:
+            result = train(
+                model_config,
+                config,
+                corpus,
+                args.out,
+                resume=args.resume,
+                device=_device(args.device),
+                progress=progress,
+            )
+    except Stopped as stop:
+        if stop.signum == signal.SIGTERM:
+            print(f"ultramem train: {stop}", file=sys.stderr)
+            sys.exit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt(str(stop)) from stop
+    summary: dict[str, Any] = {
+        "run": str(args.out),
+        "preset": args.preset,
+        "step": result.step,
+        "seed": config.seed,
+        "train_loss": result.train_loss,
+        "held_out": result.held_out._asdict(),
+        "out_of_domain": result.out_of_domain._asdict() if result.out_of_domain else None,
+        "seconds": result.seconds,
+    }
+    if not args.json:
+        outside = result.out_of_domain
+        print(
+            f"{args.out}: {result.held_out.bits_per_byte:.4f} bits per byte on held-out text"
+            + (f", {outside.bits_per_byte:.4f} out of domain" if outside else "")
+            + f" after {result.step} steps, {result.seconds:.0f} s (seed {config.seed})"
+        )
+    return summary
+
+
+def _train_config(args: argparse.Namespace) -> TrainConfig:
+    """Defaults, then the TOML file, then flags."""
+    import tomllib
+
+    options: dict[str, Any] = {}
+    if args.config is not None:
+        try:
+            options = tomllib.loads(args.config.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"config: {args.config} is not valid TOML: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"config: {args.config} is not UTF-8 text: {error}") from error
+    for field in dataclasses.fields(TrainConfig):
+        if (value := getattr(args, field.name)) is not None:
+            options[field.name] = value
+    return from_dict(TrainConfig, options)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be one of the {torch.cuda.device_count()} CUDA devices here, got {name!r}")
+    return name
+
+
+def _eval(args: argparse.Namespace) -> dict[str, Any]:
+    from ultramem.config import from_dict
+    from ultramem.graph.weights import load, read_config
+    from ultramem.runtime.data import evaluation_batches, load_corpus
+    from ultramem.runtime.evaluate import evaluate, make_summed_loss
+
+    model = load(args.run_folder)
+    document = read_config(args.run_folder)
+    config = from_dict(TrainConfig, document["train"])
+    length = config.sequence_length if args.sequence_length is None else args.sequence_length
+    if not 1 <= length <= model.config.max_positions:
+        raise ValueError(f"sequence_length must be in 1..{model.config.max_positions}, got {length}")
+    corpus = load_corpus(args.data or document["data"]["name"])
+    if args.data:
+        parts = {"all": tuple(a for pair in zip(corpus.train, corpus.held_out, strict=True) for a in pair)}
+    else:
+        if corpus.sha256 != document["data"]["sha256"]:
+            raise ValueError(
+                f"data: {corpus.name} is not the text that {args.run_folder} was trained on (sha256 differs)"
+            )
+        parts = {"held_out": corpus.held_out, "out_of_domain": corpus.out_of_domain}
+    loss = make_summed_loss(model, compiled=args.compile)
+    result: dict[str, Any] = {"run": str(args.run_folder), "data": corpus.name, "sequence_length": length}
+    for name, documents in parts.items():
+        if documents:
+            batches = evaluation_batches(documents, batch_size=config.batch_size, sequence_length=length)
+            result[name] = evaluate(model, loss, batches)._asdict()
+    main_part = result[next(iter(parts))]
+    result |= {name: main_part[name] for name in ("loss", "bits_per_byte", "perplexity")}
+    if not args.json:
+        for name in parts:
+            if name in result:
+                part = result[name]
+                print(
+                    f"{name}: {part['bits_per_byte']:.4f} bits per byte, loss {part['loss']:.4f} nats, "
+                    f"perplexity {part['perplexity']:.3f} over {part['tokens']:,} bytes"
+                )
+    return result
+
+
+def _engine(name: str, run_folder: Path, artifact: Path | None) -> Engine:
+    """An engine for a run; what it needs is exported first if it is not there."""
+    from ultramem.graph.weights import load
+    from ultramem.runtime.engine import open_engine
+
+    model = load(run_folder)
+    if name in EXPORTS and artifact is None:
+        artifact = run_folder / "exports" / name
+        if not artifact.exists():
+            from ultramem.export import export_model
+
+            print(f"exporting to {artifact}", file=sys.stderr)
+            artifact.parent.mkdir(exist_ok=True)
+            export_model(model, name, artifact)
+    return open_engine(name, model, artifact)
+
+
+def _generate(args: argparse.Namespace) -> dict[str, Any]:
+    from ultramem.graph.weights import read_model_config
+    from ultramem.runtime.generate import generate
+    from ultramem.runtime.tokenizer import decode, decode_stream, encode
+
+    prompt = encode(args.prompt)
+    config = read_model_config(args.run_folder)
+    tokens = generate(
+        _engine(args.engine, args.run_folder, args.artifact),
+        prompt,
+        max_new_tokens=args.max_new_tokens,
+        max_positions=config.max_positions,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    new: list[int] = []
+
+    def kept() -> typing.Iterator[int]:
+        for token in tokens:
+            new.append(token)
+            yield token
+
+    if args.json:
+        new = list(tokens)
+    else:
+        print(args.prompt, end="", flush=True)
+        for piece in decode_stream(kept()):
+            print(piece, end="", flush=True)
+        print()
+    return {"engine": args.engine, "prompt": args.prompt, "text": decode(new), "tokens": new}
+
+
+def _export(args: argparse.Namespace) -> dict[str, Any]:
+    from ultramem.export import export_model
+    from ultramem.graph.weights import load
+
+    manifest = export_model(load(args.run_folder), args.to, args.out)
+    document: dict[str, Any] = json.loads((args.out / "manifest.json").read_text())
+    if not args.json:
+        print(f"{args.out}: {manifest}")
+    return document
+
+
+def _profile(args: argparse.Namespace) -> dict[str, Any]:
+    raise NotImplementedError
+
+
+def _load_or_build(target: str) -> tuple[Any, ModelConfig]:
+    """The model of a run folder, or a preset's with fresh weights."""
+    from ultramem.graph.transformer import build_model
+    from ultramem.graph.weights import load
+    from ultramem.presets import preset, presets
+
+    if Path(target).is_dir():
+        model = load(target)
+    elif target in presets():
+        model = build_model(preset(target)).eval()
+    else:
+        raise FileNotFoundError(f"target must be a run folder or one of {', '.join(presets())}, got {target!r}")
+    return model, model.config
