@@ -24,7 +24,10 @@ _forced = Implementation.AUTO
 
 @contextlib.contextmanager
 def use_implementation(implementation: Implementation) -> Iterator[None]:
-    """Force an implementation inside the block. TRITON on CPU tensors needs Triton's interpreter (TRITON_INTERPRET=1)."""
+    """Force an implementation inside the block.
+
+    TRITON on CPU tensors needs Triton's interpreter: TRITON_INTERPRET=1 before the first import of Triton.
+    """
     global _forced
     before, _forced = _forced, Implementation(implementation)
     try:

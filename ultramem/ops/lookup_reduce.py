@@ -74,7 +74,6 @@ def _lookup_reduce_backward(
 
         return kernels.lookup_reduce_backward(grad_TED, values_ND, indices_TK, scores_TKC, need_values)
     n, d = values_ND.shape
-    c = scores_TKC.shape[-1]
     row_grads_TKD, grad_scores = _slot_gradients(grad_TED, values_ND, indices_TK, scores_TKC)
     if not need_values:
         return values_ND.new_empty(0), grad_scores
@@ -97,9 +96,10 @@ def _slot_gradients(
     n, d = values_ND.shape
     t, k, c = scores_TKC.shape
     dtype = accumulation_dtype(values_ND.dtype)
+    x = d // c
     block_TKD = (indices_TK // n).unsqueeze(-1).expand(t, k, d)
-    grad_TKCX = grad_TED.to(dtype).gather(1, block_TKD).view(t, k, c, -1)
-    rows_TKCX = values_ND[indices_TK % n].to(dtype).view(t, k, c, -1)
+    grad_TKCX = grad_TED.to(dtype).gather(1, block_TKD).view(t, k, c, x)
+    rows_TKCX = values_ND[indices_TK % n].to(dtype).view(t, k, c, x)
     grad_scores = (grad_TKCX * rows_TKCX).sum(-1).to(scores_TKC.dtype)
     return (grad_TKCX * scores_TKC.to(dtype).unsqueeze(-1)).view(t, k, d), grad_scores
 
@@ -201,6 +201,7 @@ def lookup_reduce(
         raise ValueError(f"scores_TKC must have a number of cores that divides the value dim {d}, got {c}")
     if checked:
         checks.require_in_range("indices_TK", indices_TK, n * num_blocks)
-    return _lookup_reduce(
+    pooled_TED: Tensor = _lookup_reduce(
         values_ND.contiguous(), indices_TK.contiguous(), scores_TKC.contiguous(), num_blocks, sparse_grad
     )
+    return pooled_TED

@@ -132,7 +132,8 @@ def permute_addresses(
         raise ValueError(f"seed must be in [0, 2^63), got {seed}")
     if checked:
         checks.require_in_range("addresses", addresses, size)
-    return _permute_addresses(addresses.contiguous(), size, seed, inverse)
+    permuted: Tensor = _permute_addresses(addresses.contiguous(), size, seed, inverse)
+    return permuted
 
 
 def address_table(size: int, seed: int, *, device: torch.device | str | None = None) -> Tensor:

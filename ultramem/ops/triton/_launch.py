@@ -11,7 +11,7 @@ def refuse_float64(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype == torch.float64:
             raise TypeError(
-                f"{name} has dtype torch.float64, which the Triton kernels do not support (float32, bfloat16, float16); "
+                f"{name} must be float32, bfloat16 or float16 for the Triton kernels, got {tensor.dtype}; "
                 "use ultramem.ops.use_implementation(Implementation.ATEN)"
             )
 

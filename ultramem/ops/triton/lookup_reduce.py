@@ -307,7 +307,19 @@ def _row_gradient(
     # Each chunk of columns writes its own part of a score's gradient: adding them afterwards needs no atomics.
     parts = grad_scores if chunks == 1 else scores_TKC.new_empty(chunks, t, k, c, dtype=torch.float32)
     row_gradient_kernel[(t * k, c * chunks)](
-        grad_TED, values_ND, indices_TK, scores_TKC, sorted_rows, order, targets, grad_rows, parts, n, k, t * k, **launch
+        grad_TED,
+        values_ND,
+        indices_TK,
+        scores_TKC,
+        sorted_rows,
+        order,
+        targets,
+        grad_rows,
+        parts,
+        n,
+        k,
+        t * k,
+        **launch,
     )
     return grad_scores if chunks == 1 else parts.sum(0).to(scores_TKC.dtype)
 

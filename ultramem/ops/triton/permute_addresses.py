@@ -94,5 +94,7 @@ def permute_addresses(addresses: Tensor, size: int, seed: int, inverse: bool) ->
     count = addresses.numel()
     if count:
         grid = (triton.cdiv(count, BLOCK),)
-        wrap_triton(permute_addresses_kernel)[grid](addresses, out, count, **permute_launch(size, seed, inverse=inverse))
+        wrap_triton(permute_addresses_kernel)[grid](
+            addresses, out, count, **permute_launch(size, seed, inverse=inverse)
+        )
     return out

@@ -1,10 +1,13 @@
 """Kernels of product_topk and tucker_topk: two launches forward, one backward.
 
 Shapes: T tokens, H heads, P = T*H pairs, R ranks, N the side of the grid, C cores, K kept slots, S rows (and columns)
-a tail, X tails: 1, or 2 for two-tailed candidates.
+a tail, 1 tail a side or, for two-tailed candidates, 2.
 
 Selection finds the k-th largest key by bit search (32 counts) instead of sorting: a few instructions a key, and keys
 stay where they were loaded. Kept slots come out best first, equal scores by the lower address, as in the aten path.
+
+What decides where a kernel stores is loaded in its own body, not in a helper: else torch.compile takes the arguments of
+that helper for outputs of the kernel and copies them before each launch.
 """
 
 from __future__ import annotations
@@ -67,19 +70,6 @@ def _keep(key, address, m):
 
 
 @triton.jit
-def _side_scores(side, weights, i, N: tl.constexpr, R: tl.constexpr, WEIGHTED: tl.constexpr):
-    """weights^T side at positions i, or the side itself."""
-    if WEIGHTED:
-        x = tl.zeros(i.shape, tl.float32)
-        for r in tl.static_range(R):
-            weight = tl.load(weights + r).to(tl.float32)
-            x += weight * tl.load(side + r * N + i, mask=i < N, other=0.0).to(tl.float32)
-    else:
-        x = tl.load(side + i, mask=i < N, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
 def side_topk_kernel(
     row,
     col,
@@ -97,46 +87,31 @@ def side_topk_kernel(
     """positions[p, side, tail] = the S largest (tail 1: smallest) of a side's scores, as ascending positions.
 
     A program serves one tail of one side of one pair: sides and tails run beside each other, not in turn.
-    Bytes: R * N * itemsize read, 4 S written. Registers: WIDTH / threads keys, and as many flags.
+    Bytes: R * N * itemsize read, 4 S written.
     """
     pair = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     head = tl.program_id(0) % H
     i = tl.arange(0, WIDTH)
-    if part < TAILS:
-        x = _side_scores(row + pair * (R * N), u + head * R, i, N, R, WEIGHTED)
-    else:
-        x = _side_scores(col + pair * (R * N), t + head * R, i, N, R, WEIGHTED)
+    x = tl.zeros([WIDTH], tl.float32)
+    for r in tl.static_range(R):
+        at = (pair * R + r) * N + i
+        if part < TAILS:
+            score = tl.load(row + at, mask=i < N, other=0.0).to(tl.float32)
+        else:
+            score = tl.load(col + at, mask=i < N, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            if part < TAILS:
+                score *= tl.load(u + head * R + r).to(tl.float32)
+            else:
+                score *= tl.load(t + head * R + r).to(tl.float32)
+        x += score
     if part % TAILS == 1:
         x = -x
     key = tl.where(i < N, _key(x), 0)
     keep = _keep(key, i.to(tl.uint32), S) & (i < N)
     slot = tl.cumsum(keep.to(tl.int32), 0) - 1
     tl.store(positions + (pair * (2 * TAILS) + part) * S + slot, i, mask=keep)
-
-
-@triton.jit
-def _cell_scores(
-    row, col, cores, i, j, mask, core, N: tl.constexpr, R: tl.constexpr, C: tl.constexpr, SUMMED: tl.constexpr
-):
-    """row_i^T core col_j, with the given core or (SUMMED) the sum of the cores."""
-    score = tl.zeros(i.shape, tl.float32)
-    for r in tl.static_range(R):
-        right = tl.zeros(i.shape, tl.float32)
-        for s in tl.static_range(R):
-            weight = tl.load(cores + (core * R + r) * R + s).to(tl.float32)
-            if SUMMED:
-                for c in tl.static_range(1, C):
-                    weight += tl.load(cores + (c * R + r) * R + s).to(tl.float32)
-            right += weight * tl.load(col + s * N + j, mask=mask, other=0.0).to(tl.float32)
-        score += tl.load(row + r * N + i, mask=mask, other=0.0).to(tl.float32) * right
-    return score
-
-
-@triton.jit
-def _sum_scores(row, col, i, j, mask):
-    left = tl.load(row + i, mask=mask, other=0.0).to(tl.float32)
-    return left + tl.load(col + j, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -185,9 +160,17 @@ def grid_topk_kernel(
             col_twice = col_twice | (j == tl.load(positions + TAILS * S + s))
         valid = valid & ((tail == 0) | ~(row_twice & col_twice))
     if ADDITIVE:
-        score = _sum_scores(row, col, i, j, valid)
+        score = tl.load(row + i, mask=valid, other=0.0).to(tl.float32)
+        score += tl.load(col + j, mask=valid, other=0.0).to(tl.float32)
     else:
-        score = _cell_scores(row, col, cores, i, j, valid, 0, N, R, C, True)
+        score = tl.zeros([CELLS], tl.float32)
+        for r in tl.static_range(R):
+            x = tl.load(row + r * N + i, mask=valid, other=0.0).to(tl.float32)
+            for s in tl.static_range(R):
+                weight = tl.load(cores + r * R + s).to(tl.float32)
+                for c in tl.static_range(1, C):
+                    weight += tl.load(cores + (c * R + r) * R + s).to(tl.float32)
+                score += weight * x * tl.load(col + s * N + j, mask=valid, other=0.0).to(tl.float32)
     key = tl.where(valid, _key(score), 0)
     address = (i.to(tl.int64) * N + j).to(tl.uint32)
     keep = _keep(key, address, K) & valid
@@ -206,12 +189,18 @@ def grid_topk_kernel(
     j_kept = kept % N
     out = pair * K + rank
     tl.store(addresses + out, kept, mask=a < K)
-    if ADDITIVE:
-        tl.store(scores + out, _sum_scores(row, col, i_kept, j_kept, a < K).to(scores.dtype.element_ty), mask=a < K)
-    else:
-        for c in tl.static_range(C):
-            kept_score = _cell_scores(row, col, cores, i_kept, j_kept, a < K, c, N, R, C, False)
-            tl.store(scores + out * C + c, kept_score.to(scores.dtype.element_ty), mask=a < K)
+    for c in tl.static_range(C):
+        if ADDITIVE:
+            kept_score = tl.load(row + i_kept, mask=a < K, other=0.0).to(tl.float32)
+            kept_score += tl.load(col + j_kept, mask=a < K, other=0.0).to(tl.float32)
+        else:
+            kept_score = tl.zeros([SLOTS], tl.float32)
+            for r in tl.static_range(R):
+                x = tl.load(row + r * N + i_kept, mask=a < K, other=0.0).to(tl.float32)
+                for s in tl.static_range(R):
+                    y = tl.load(col + s * N + j_kept, mask=a < K, other=0.0).to(tl.float32)
+                    kept_score += tl.load(cores + (c * R + r) * R + s).to(tl.float32) * x * y
+        tl.store(scores + out * C + c, kept_score.to(scores.dtype.element_ty), mask=a < K)
 
 
 @triton.jit
@@ -348,7 +337,7 @@ def tail_size(k: int, candidates: str) -> int:
 
 def product_topk(row_THN: Tensor, col_THN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     refuse_float64(row_scores_THN=row_THN)
-    t, h, n = row_THN.shape
+    t, h, _ = row_THN.shape
     scores_THK = row_THN.new_empty(t, h, k)
     # The kernels' arguments for cores and singular vectors are unread where there are none.
     addresses_THK = _launch_forward(row_THN, col_THN, row_THN, row_THN, row_THN, scores_THK, (1, 1, k, "one_tailed"))
@@ -359,7 +348,7 @@ def tucker_topk(
     row_THRN: Tensor, col_THRN: Tensor, cores_HCRR: Tensor, u_HR: Tensor, t_HR: Tensor, k: int, candidates: str
 ) -> tuple[Tensor, Tensor]:
     refuse_float64(row_scores_THRN=row_THRN, cores_HCRR=cores_HCRR, u_HR=u_HR, t_HR=t_HR)
-    t, h, r, n = row_THRN.shape
+    t, h, r, _ = row_THRN.shape
     c = cores_HCRR.shape[1]
     scores_THKC = row_THRN.new_empty(t, h, k, c)
     sizes = (int(r), int(c), k, candidates)

@@ -1,0 +1,31 @@
+"""Both implementations of an op, with the memory that they allocate poisoned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ultramem.ops import Implementation, use_implementation
+from ultramem.ops.implementation import triton_is_installed
+
+
+def _poisoned(allocate: Any) -> Any:
+    def poison(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out: torch.Tensor = allocate(*args, **kwargs)
+        return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).min)
+
+    return poison
+
+
+@pytest.fixture(params=list(Implementation)[1:], ids=lambda i: i.value)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Implementation]:
+    """ATEN, then TRITON (in the interpreter where there is no GPU); memory that a kernel leaves unwritten shows."""
+    if request.param is Implementation.TRITON and not triton_is_installed():
+        pytest.skip("Triton is not installed")
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    with use_implementation(request.param):
+        yield request.param
