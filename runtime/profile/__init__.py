@@ -1,0 +1,44 @@
+"""Where a model's time goes: latency on each engine, by stage, against bytes, FLOPs and this machine's roofs."""
+
+from ultramem.runtime.profile.arithmetic import MEMORY_STAGES, STAGES, StageCost, stage_costs
+from ultramem.runtime.profile.inductor_stages import COMPILE_OPTIONS
+from ultramem.runtime.profile.machine import Machine, measure_machine
+from ultramem.runtime.profile.measure import Engine, WrongLogitsError
+from ultramem.runtime.profile.profiler import profile
+from ultramem.runtime.profile.schema import (
+    EngineRecord,
+    Latency,
+    Profile,
+    ProfiledModel,
+    Settings,
+    StageArithmetic,
+    StageRow,
+    StageTimes,
+    check_document,
+    to_json,
+)
+from ultramem.runtime.profile.table import print_profile
+
+__all__ = [
+    "COMPILE_OPTIONS",
+    "MEMORY_STAGES",
+    "STAGES",
+    "Engine",
+    "EngineRecord",
+    "Latency",
+    "Machine",
+    "Profile",
+    "ProfiledModel",
+    "Settings",
+    "StageArithmetic",
+    "StageCost",
+    "StageRow",
+    "StageTimes",
+    "WrongLogitsError",
+    "check_document",
+    "measure_machine",
+    "print_profile",
+    "profile",
+    "stage_costs",
+    "to_json",
+]

@@ -1,0 +1,140 @@
+"""Bytes and FLOPs of every stage by arithmetic: what one forward must move and compute, on any engine.
+
+Symbols: B sequences, S new tokens each, P tokens already cached, T = B*S; d hidden size, L layers, V vocabulary;
+of a memory layer H heads, r ranks, n side of the logical grid, m slots per head, K = m*H, C cores, E blocks,
+N rows, Dv value dim. e is the bytes of one number. Per forward:
+
+| stage | FLOPs | bytes |
+| --- | --- | --- |
+| query | 2T * weights (projection and convolution) | weights; in T*d and B*d*(W-1) of the convolution, out the query |
+| score | 2T * 2*H*r*n*K_r | keys; in the query, out T*2*H*r*n scores |
+| select | per head: a and b 4rn; candidates 2r^2 s + 2r s^2 per grid of side s; kept m*C*(2r^2 + 2r); PKM m^2 | in the scores, out T*H*m*C scores and int64 addresses |
+| lookup | 2T*K*Dv | min(T*K, N) rows; in scores and addresses, out T*E*Dv |
+| expand | 2T*E*Dv*d | weights; in T*E*Dv, out T*d |
+| attention | 2T*4d^2 and 4d per pair of a token and a position that it sees | weights; in and out T*d; cache: 2*B*P*d read, 2*B*S*d written |
+| mlp | 2T*2*d*inner | weights; in and out T*d |
+| head | 2T*d*V | weights; in T*d, out T*V |
+| other | not counted | norm weights, min(T, V) embedding rows, and T*d read or written by each norm and residual addition |
+
+Each is summed over the layers that have the stage. It is a lower bound: every weight and activation crosses the memory
+bus once, what stays inside a stage (the MLP's inner activations, the softmax) never does. Norms, activations, softmax,
+rotary angles and the comparisons of top-k are not counted as FLOPs.
+"""  # noqa: E501  # a table row is one line
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ultramem.config import MemoryConfig, ModelConfig
+from ultramem.graph.counts import count_memory
+from ultramem.ops.tucker_topk import tail_length
+
+MEMORY_STAGES = ("query", "score", "select", "lookup", "expand")
+STAGES = (*MEMORY_STAGES, "attention", "mlp", "head", "other")
+ADDRESS_BYTES = 8
+
+
+class StageCost(NamedTuple):
+    """What a stage must compute and move in one forward, over all layers that have it."""
+
+    stage: str
+    flops: int
+    weight_bytes: int
+    """Dense weights read once."""
+    row_bytes: int
+    """Rows of value tables (lookup) or of the embedding (other), each distinct row at most once."""
+    cache_bytes: int
+    """Key-value and convolution caches, read and appended."""
+    activation_bytes: int
+    """Inputs read and outputs written."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.row_bytes + self.cache_bytes + self.activation_bytes
+
+
+def stage_costs(
+    config: ModelConfig, *, batch: int, new_tokens: int, cached_tokens: int = 0, element_bytes: int = 4
+) -> tuple[StageCost, ...]:
+    """Cost of one forward of `batch` sequences with `new_tokens` each after `cached_tokens`, stage by stage.
+
+    A prefill is `new_tokens=S`; a decode step is `new_tokens=1, cached_tokens=P`. Stages that the model lacks are
+    left out; the order is that of `STAGES`.
+    """
+    costs = []
+    if config.memory is not None:
+        costs += _memory_costs(config.memory, len(config.parsed_insertions), batch, new_tokens, element_bytes)
+    costs += _dense_costs(config, batch, new_tokens, cached_tokens, element_bytes)
+    return tuple(costs)
+
+
+def _memory_costs(memory: MemoryConfig, layers: int, batch: int, new_tokens: int, size: int) -> list[StageCost]:
+    """The five stages of `layers` memory layers."""
+    t = batch * new_tokens
+    d, h, r, n = memory.hidden_size, memory.num_heads, memory.rank, memory.grid_side
+    m, k, c, e, dv = memory.top_m, memory.num_slots, memory.num_cores, memory.expansion, memory.value_dim
+    weights = count_memory(memory)
+    norm = memory.rank_key_dim if memory.qk_norm else 0
+    queries = 2 * memory.key_dim * (1 if memory.shared_query else h)
+    scores = 2 * h * r * n
+    kept = t * h * m * (c * size + ADDRESS_BYTES)
+    conv = d * (memory.conv_width - 1)
+    permutation = t * k * ADDRESS_BYTES if memory.permutation == "stored" else 0
+
+    def cost(stage: str, flops: int, weight: int, activation: int, *, rows: int = 0, cache: int = 0) -> StageCost:
+        parts = (flops, weight * size, rows, cache, activation)
+        return StageCost(stage, *(layers * part for part in parts))
+
+    return [
+        cost(
+            "query", 2 * t * (weights.query - norm), weights.query, t * (d + queries) * size,
+            cache=2 * batch * conv * size,
+        ),
+        cost("score", 2 * t * scores * memory.rank_key_dim, weights.score, t * (queries + scores) * size),
+        cost("select", t * h * _select_flops(memory), weights.select, t * scores * size + kept),
+        cost(
+            "lookup", 2 * t * k * dv, 0, kept + t * e * dv * size + permutation,
+            rows=min(t * k, memory.num_values) * dv * size,
+        ),
+        cost("expand", 2 * t * e * dv * d, weights.expand, t * (e * dv + d) * size),
+    ]  # fmt: skip
+
+
+def _select_flops(memory: MemoryConfig) -> int:
+    """Of one token and head."""
+    m, r, c = memory.top_m, memory.rank, memory.num_cores
+    if r == 1:
+        return m * m
+    grids, side = (1, m) if memory.candidates == "one_tailed" else (2, tail_length(m))
+    candidates = grids * (2 * r * r * side + 2 * r * side * side)
+    return 4 * r * memory.grid_side + candidates + m * c * (2 * r * r + 2 * r)
+
+
+def _dense_costs(config: ModelConfig, batch: int, new_tokens: int, cached_tokens: int, size: int) -> list[StageCost]:
+    """Attention, MLP, head and what is left."""
+    t, d, layers = batch * new_tokens, config.hidden_size, config.num_layers
+    # A new token sees the cache, the new ones before it and itself.
+    pairs = batch * (new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2)
+    attention, mlp, head = 4 * d * d, 2 * d * config.inner_size, d * config.vocab_size
+    norms = 2 * layers + 1
+    additions = 2 * layers + len(config.parsed_insertions)
+    return [
+        StageCost(
+            "attention",
+            flops=layers * (2 * t * attention + 4 * d * pairs),
+            weight_bytes=layers * attention * size,
+            row_bytes=0,
+            cache_bytes=layers * 2 * batch * (cached_tokens + new_tokens) * d * size,
+            activation_bytes=layers * 2 * t * d * size,
+        ),
+        StageCost("mlp", layers * 2 * t * mlp, layers * mlp * size, 0, 0, layers * 2 * t * d * size),
+        StageCost("head", 2 * t * head, head * size, 0, 0, t * (d + config.vocab_size) * size),
+        StageCost(
+            "other",
+            flops=0,
+            weight_bytes=norms * d * size,
+            row_bytes=min(t, config.vocab_size) * d * size,
+            cache_bytes=0,
+            activation_bytes=(2 * norms + 3 * additions) * t * d * size + t * ADDRESS_BYTES,
+        ),
+    ]
