@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch._dynamo.testing
-from op_parity import as_float64, assert_as_exact_as_eager, value_and_gradients
+from op_parity import as_eager, as_float64, assert_as_exact_as_eager, value_and_gradients
 from torch import Tensor
 
 from ultramem.ops import Implementation, lookup_reduce, reference
@@ -48,7 +48,7 @@ def test_value_and_gradients_equal_the_oracle(
         return reference.lookup_reduce(v, indices, s, num_blocks=e)
 
     exact = value_and_gradients(oracle, as_float64([values, scores]), grad)
-    eager = value_and_gradients(oracle, [values, scores], grad)
+    eager = value_and_gradients(oracle, as_eager([values, scores]), grad)
     actual = value_and_gradients(
         lambda v, s: lookup_reduce(v, indices, s, num_blocks=e, sparse_grad=sparse_grad), [values, scores], grad
     )

@@ -49,10 +49,15 @@ def schedule(size: int, seed: int) -> Schedule:
 
 
 def _hash(half: Tensor, side: int, key: tuple[int, int, int, int]) -> Tensor:
-    """Integers in [0, side) from integers below 2^31.5, by two multiplications whose middle bits are kept."""
+    """Integers in [0, side) from integers below 2^31.5.
+
+    The middle bits of a square keep the network from being a lattice: with multiplications alone, neighbours land at a
+    few fixed distances.
+    """
     m1, c1, m2, c2 = key
-    mixed = (half * m1 + c1) // 2**13 % _BITS_31
-    mixed = (mixed * m2 + c2) // 2**21 % _BITS_31
+    mixed = (half * m1 + c1) % _BITS_31
+    mixed = mixed * mixed // 2**16 % _BITS_31
+    mixed = (mixed * m2 + c2) // 2**16 % _BITS_31
     return mixed * side // _BITS_31
 
 

@@ -12,7 +12,7 @@ from torch.library import wrap_triton
 from ultramem.ops.permute_addresses import PASSES, ROUNDS, schedule
 
 # Addresses a program: 2 a thread. A launch permutes heads x top-m addresses a token, 84 at the largest preset, so small
-# programs reach more of the device; the arithmetic (16 multiply-and-scale, 4 divisions) outweighs the 16 bytes moved.
+# programs reach more of the device; the arithmetic (32 multiplications, 4 divisions) outweighs the 16 bytes moved.
 BLOCK = 256
 WARPS = 4
 
@@ -20,8 +20,9 @@ WARPS = 4
 @triton.jit
 def _hash(half, side, KEYS: tl.constexpr, at: tl.constexpr):
     mask: tl.constexpr = 2147483647
-    mixed = ((half * KEYS[at] + KEYS[at + 1]) >> 13) & mask
-    mixed = ((mixed * KEYS[at + 2] + KEYS[at + 3]) >> 21) & mask
+    mixed = (half * KEYS[at] + KEYS[at + 1]) & mask
+    mixed = ((mixed * mixed) >> 16) & mask
+    mixed = ((mixed * KEYS[at + 2] + KEYS[at + 3]) >> 16) & mask
     return (mixed * side) >> 31
 
 
