@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ultramem.config import ModelConfig, TrainConfig, from_dict
+from ultramem.config import TrainConfig, from_dict
 
 if TYPE_CHECKING:
+    from ultramem.graph import Transformer
     from ultramem.runtime.engine import Engine
 
 ENGINES = ("eager", "compile", "onnx", "aoti")
@@ -325,19 +326,59 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _profile(args: argparse.Namespace) -> dict[str, Any]:
-    raise NotImplementedError
+    engines = _choices("engine", args.engine, ENGINES)
+    batches = _positive_ints("batch", args.batch)
+    from ultramem.graph.weights import write_atomically
+    from ultramem.runtime.profile import print_profile, profile, to_json
+    from ultramem.runtime.report import render_profile, write_report
+
+    model, exports = _model_to_profile(args.target, args.out)
+    if args.out.exists() and not args.out.is_dir():
+        raise FileExistsError(f"out: {args.out} exists and is not a folder")
+    measured = profile(
+        model,
+        engines,
+        name=Path(args.target).name,
+        batches=batches,
+        prompt_tokens=args.prompt_tokens,
+        artifact_folder=exports,
+        progress=lambda message: print(message, file=sys.stderr, flush=True),
+    )
+    document = to_json(measured)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.out / "profile.json", json.dumps(document, indent=1).encode() + b"\n")
+    write_report(args.out / "report.html", render_profile(document))
+    if not args.json:
+        print_profile(measured)
+        print(f"{args.out / 'profile.json'} and {args.out / 'report.html'}")
+    return document
 
 
-def _load_or_build(target: str) -> tuple[Any, ModelConfig]:
-    """The model of a run folder, or a preset's with fresh weights."""
+def _model_to_profile(target: str, out: Path) -> tuple[Transformer, Path]:
+    """The model of a run folder, or a preset's with fresh weights; and where its exported engines belong."""
     from ultramem.graph.transformer import build_model
     from ultramem.graph.weights import load
     from ultramem.presets import preset, presets
 
     if Path(target).is_dir():
-        model = load(target)
-    elif target in presets():
-        model = build_model(preset(target)).eval()
-    else:
-        raise FileNotFoundError(f"target must be a run folder or one of {', '.join(presets())}, got {target!r}")
-    return model, model.config
+        return load(target), Path(target) / "exports"
+    if target in presets():
+        return build_model(preset(target)).eval(), out / "exports"
+    raise FileNotFoundError(f"target must be a run folder or one of {', '.join(presets())}, got {target!r}")
+
+
+def _choices(name: str, text: str, accepted: Sequence[str]) -> list[str]:
+    words = text.split(",")
+    for word in words:
+        if word not in accepted:
+            raise ValueError(f"{name} must be of {', '.join(accepted)}, separated by commas, got {text!r}")
+    if len(set(words)) < len(words):
+        raise ValueError(f"{name} must name each once, got {text!r}")
+    return words
+
+
+def _positive_ints(name: str, text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words):
+        raise ValueError(f"{name} must be numbers of at least 1, separated by commas, got {text!r}")
+    return [int(word) for word in words]

@@ -40,7 +40,8 @@ class Query(nn.Module):
                 (padded_BSD[:, tap : tap + length] * self.conv_DW[:, tap] for tap in range(1, self.width)),
                 padded_BSD[:, :length] * self.conv_DW[:, 0],
             )
-        return self.norm(self.proj(hidden_BSD.flatten(0, 1)).unflatten(-1, self.shape))
+        query: Tensor = self.norm(self.proj(hidden_BSD.flatten(0, 1)).unflatten(-1, self.shape))
+        return query
 
 
 def _before(hidden_BSD: Tensor, past_conv_BDW: Tensor | None, width: int) -> Tensor:
@@ -145,7 +146,8 @@ class UltraMemLayer(nn.Module):
         row_scores, col_scores = self.score(query)
         scores, addresses = self.select(row_scores, col_scores)
         pooled_TEV = self.lookup(scores, addresses)
-        return self.expand(pooled_TEV.flatten(1)).unflatten(0, hidden_BSD.shape[:2])
+        output_TD: Tensor = self.expand(pooled_TEV.flatten(1))
+        return output_TD.unflatten(0, hidden_BSD.shape[:2])
 
     def next_conv(self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None = None) -> Tensor:
         """The last W-1 inputs [B,D,W-1], to pass with the sequence that follows; zeros where there were none."""

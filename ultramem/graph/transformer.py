@@ -87,7 +87,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.inner_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(hidden_BSD)))
+        output: Tensor = self.down(F.gelu(self.up(hidden_BSD)))
+        return output
 
 
 class Block(nn.Module):
@@ -170,6 +171,7 @@ class Transformer(nn.Module):
         waiting: dict[int, list[Tensor]] = {}
         insertions = self.config.parsed_insertions
         for number, block in enumerate(self.blocks, start=1):
+            assert isinstance(block, Block)
             past = None if cache is None else (cache.keys[number - 1], cache.values[number - 1])
             attended, key, value = block.attention(block.attention_norm(hidden_BSD), rotary, mask, past)
             keys.append(key)

@@ -1,0 +1,44 @@
+# `make demo` and `make test` do all their own set-up. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO_OUT ?= runs/demo
+
+.PHONY: help demo test test-slow lint format clean
+
+help:
+	@echo "make demo    train, compare, export and profile a small model; ends with the path of an HTML report"
+	@echo "make test    the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  ruff format"
+	@echo "make clean   remove the virtual environment and caches (runs/ stays)"
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py --out $(DEMO_OUT)
+
+# Two workers of one thread each: the tests are many small programs, and spinning OpenMP threads would fight over cores.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch comes first and pinned, so that nothing else draws in another build of it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[onnx,triton,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
