@@ -64,10 +64,10 @@ class Cell:
         return [sample for samples in self.round_us for sample in samples]
 
 
-def draw_inputs(vocab_size: int, *, batch: int, prompt_tokens: int, seed: int, device: torch.device) -> Inputs:
-    """Random tokens, the same for every engine."""
+def draw_inputs(vocab_size: int, *, batch: int, prompt_tokens: int, seed: int) -> Inputs:
+    """Random tokens on the CPU, where every engine takes them."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(vocab_size, (batch, prompt_tokens + 1), generator=generator).to(device)
+    tokens = torch.randint(vocab_size, (batch, prompt_tokens + 1), generator=generator)
     return Inputs(tokens[:, :-1].contiguous(), tokens[:, -1:].contiguous())
 
 
@@ -120,7 +120,7 @@ def _compare(model: nn.Module, exact: nn.Module, engine: Engine, draw: Sequence[
         logits, cache = engine.prefill(inputs.prompt_BS)
         next_logits, _ = engine.decode(inputs.next_B1, cache)
         # An engine may return the last position of a prefill alone.
-        found = torch.cat([logits, next_logits], dim=1).double()
+        found = torch.cat([logits, next_logits], dim=1).cpu().double()
         expected, reference = expected[:, -found.shape[1] :].double(), reference[:, -found.shape[1] :]
         # max() of a NaN compares as "not larger": ask for the agreement, not for the difference.
         largest = (found - expected).abs().max().item()
@@ -130,8 +130,9 @@ def _compare(model: nn.Module, exact: nn.Module, engine: Engine, draw: Sequence[
 
 
 def _eager_logits(model: nn.Module, inputs: Inputs) -> Tensor:
-    first = model(inputs.prompt_BS)
-    return torch.cat([first.logits, model(inputs.next_B1, cache=first.cache).logits], dim=1)
+    device = next(model.parameters()).device
+    first = model(inputs.prompt_BS.to(device))
+    return torch.cat([first.logits, model(inputs.next_B1.to(device), cache=first.cache).logits], dim=1).cpu()
 
 
 def make_cells(engine: Engine, batch: int, inputs: Inputs) -> list[Cell]:

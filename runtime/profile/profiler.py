@@ -42,14 +42,17 @@ from ultramem.runtime.profile.stages import eager_stages, not_separable
 ROUNDS = 5
 STAGE_REPEATS = 20
 CHECK_DRAWS = 3
+EXPORTED = ("onnx", "aoti")
+"""Engines that are loaded from a folder of their own."""
 
 
 class _Opened(NamedTuple):
-    """An engine that is ready, and the kernels of the graphs that it compiled."""
+    """An engine that is ready, the kernels of the graphs that it compiled, and the folder it was loaded from."""
 
     engine: Engine
     prepare_seconds: float
     graphs: list[list[Kernel]]
+    folder: Path | None
 
 
 def profile(
@@ -80,7 +83,8 @@ def profile(
         decode_steps: most samples per engine, batch and phase; fewer where `seconds_per_cell` ends them.
         seconds_per_cell: time for the samples of one engine, batch and phase.
         seed: of the tokens.
-        artifact_folder: where exported engines are, or are written to.
+        artifact_folder: has a folder for each exported engine ("onnx", "aoti"); one that is missing is exported there,
+            compiled so that its stages can be told apart. Needed for these engines alone.
         machine: measured before; None measures it now.
         progress: called with a line on what is being done.
 
@@ -100,9 +104,7 @@ def profile(
     )
     draws = [
         [
-            draw_inputs(
-                model.config.vocab_size, batch=batch, prompt_tokens=prompt_tokens, seed=seed + draw, device=device
-            )
+            draw_inputs(model.config.vocab_size, batch=batch, prompt_tokens=prompt_tokens, seed=seed + draw)
             for batch in batches
         ]
         for draw in range(CHECK_DRAWS)
@@ -129,7 +131,9 @@ def profile(
                     device=device,
                 )
                 latency += [latency_of(cell, arithmetic, machine, settings) for cell in turn]
-                stages += [_stages_of(model, each, cell, device) for each, cell in zip(opened, turn, strict=True)]
+                stages += [
+                    _stages_of(model, each, cell, inputs, device) for each, cell in zip(opened, turn, strict=True)
+                ]
     return Profile(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=describe_model(model, name),
@@ -225,33 +229,40 @@ def _open(
     name = engine if isinstance(engine, str) else engine.name
     progress(f"preparing {name}")
     start = time.perf_counter()
+    folder = artifact_folder / name if artifact_folder is not None and name in EXPORTED else None
     with recorded_compilation() as graphs:
-        opened = _open_by_name(engine, model, artifact_folder) if isinstance(engine, str) else engine
+        opened = _open_by_name(engine, model, folder) if isinstance(engine, str) else engine
         for each in inputs:
             _, cache = opened.prefill(each.prompt_BS)
             opened.decode(each.next_B1, cache)
-    return _Opened(opened, time.perf_counter() - start, graphs)
+    return _Opened(opened, time.perf_counter() - start, graphs, folder)
 
 
-def _open_by_name(name: str, model: Transformer, artifact_folder: Path | None) -> Engine:
+def _open_by_name(name: str, model: Transformer, folder: Path | None) -> Engine:
     from ultramem.runtime.engine import open_engine
 
-    engine: Engine = open_engine(name, model, artifact_folder)
+    if name in EXPORTED:
+        if folder is None:
+            raise ValueError(f"artifact_folder must be given for engine {name!r}, got None")
+        if not folder.exists():
+            from ultramem.export import export_model
+
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            export_model(model, name, folder)
+    engine: Engine = open_engine(name, model, folder)
     return engine
 
 
-def _stages_of(model: Transformer, opened: _Opened, cell: Cell, device: torch.device) -> StageTimes:
-    engine = opened.engine
-    if engine.name == "eager":
+def _stages_of(model: Transformer, opened: _Opened, cell: Cell, inputs: Inputs, device: torch.device) -> StageTimes:
+    name, folder = opened.engine.name, opened.folder
+    if name == "eager":
         return eager_stages(model, cell, repeats=STAGE_REPEATS, device=device)
     if device.type != "cpu":
         return not_separable(cell, f"stages of compiled engines are told apart on a CPU only, this is {device}")
-    if engine.name == "onnx":
-        return onnx_stages(engine, cell, repeats=STAGE_REPEATS)
-    graphs = list(opened.graphs)
-    folder = getattr(engine, "folder", None)
-    if folder is not None:
-        graphs += [graph for package in sorted(Path(folder).glob("*.pt2")) for graph in packaged_kernels(package)]
+    if name == "onnx" and folder is not None:
+        return onnx_stages(folder / "model.onnx", cell, inputs, repeats=STAGE_REPEATS)
+    packages = sorted(folder.glob("*.pt2")) if folder is not None else ()
+    graphs = [*opened.graphs, *(graph for package in packages for graph in packaged_kernels(package))]
     return kernel_stages(cell, graphs, repeats=STAGE_REPEATS)
 
 

@@ -230,6 +230,11 @@ def test_bad_arguments(settings: dict[str, Any], message: str) -> None:
         make_profile(**settings)
 
 
+def test_exported_engines_need_a_folder() -> None:
+    with pytest.raises(ValueError, match="artifact_folder must be given for engine 'aoti'"):
+        make_profile("aoti")
+
+
 def test_eager_end_to_end(eager_profile: Profile) -> None:
     assert [(row.phase, row.batch) for row in eager_profile.latency] == [
         ("prefill", 1), ("decode", 1), ("prefill", 3), ("decode", 3),
