@@ -7,6 +7,8 @@ import textwrap
 
 import pytest
 
+import ultramem
+
 HEAVY = ("onnx", "onnxruntime", "onnxscript", "tensorrt", "torch_tensorrt", "transformers", "matplotlib", "triton")
 
 
@@ -28,11 +30,22 @@ def test_import_brings_in_no_extra():
     assert loaded.strip() == "[]"
 
 
+def test_counting_needs_no_torch():
+    assert run_python("import sys, ultramem.cli; ultramem.cli.main(['params', 'ultramem-1.6b-x12', '--json'])")
+    assert run_python("import sys, ultramem; ultramem.presets(); print('torch' in sys.modules)").strip() == "False"
+
+
+def test_every_public_name_is_there():
+    assert run_python("import ultramem; print(all(hasattr(ultramem, n) for n in ultramem.__all__))").strip() == "True"
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        ultramem.nonsense  # noqa: B018  # the access is the test
+
+
 def test_import_takes_at_most_0_3_s_more_than_torch():
     code = """
         import time, torch
         began = time.process_time()  # this process's own time: other load does not count
-        import ultramem
+        import ultramem, ultramem.ops, ultramem.graph
         print(time.process_time() - began)
         """
     assert statistics.median(float(run_python(code)) for _ in range(3)) < 0.3

@@ -128,7 +128,7 @@ def _add_config_flags(parser: argparse.ArgumentParser, cls: type[TrainConfig]) -
 
 
 def _params(args: argparse.Namespace) -> dict[str, Any]:
-    from ultramem.graph.counts import count
+    from ultramem.counts import count
     from ultramem.presets import preset
 
     counts = count(preset(args.preset))

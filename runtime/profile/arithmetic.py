@@ -26,7 +26,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ultramem.config import MemoryConfig, ModelConfig
-from ultramem.graph.counts import count_memory
+from ultramem.counts import count_memory
 from ultramem.ops.tucker_topk import tail_length
 
 MEMORY_STAGES = ("query", "score", "select", "lookup", "expand")

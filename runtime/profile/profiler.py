@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from ultramem.config import to_dict
-from ultramem.graph import Transformer, count
+from ultramem.counts import count
+from ultramem.graph import Transformer
 from ultramem.runtime.profile.arithmetic import stage_costs
 from ultramem.runtime.profile.inductor_stages import Kernel, kernel_stages, packaged_kernels, recorded_compilation
 from ultramem.runtime.profile.machine import Machine, measure_machine
@@ -229,28 +230,28 @@ def _open(
     name = engine if isinstance(engine, str) else engine.name
     progress(f"preparing {name}")
     start = time.perf_counter()
-    folder = artifact_folder / name if artifact_folder is not None and name in EXPORTED else None
     with recorded_compilation() as graphs:
-        opened = _open_by_name(engine, model, folder) if isinstance(engine, str) else engine
+        opened = _open_by_name(engine, model, artifact_folder) if isinstance(engine, str) else engine
         for each in inputs:
             _, cache = opened.prefill(each.prompt_BS)
             opened.decode(each.next_B1, cache)
-    return _Opened(opened, time.perf_counter() - start, graphs, folder)
+    return _Opened(opened, time.perf_counter() - start, graphs, getattr(opened, "folder", None))
 
 
-def _open_by_name(name: str, model: Transformer, folder: Path | None) -> Engine:
+def _open_by_name(name: str, model: Transformer, artifact_folder: Path | None) -> Engine:
     from ultramem.runtime.engine import open_engine
 
-    if name in EXPORTED:
-        if folder is None:
-            raise ValueError(f"artifact_folder must be given for engine {name!r}, got None")
-        if not folder.exists():
-            from ultramem.export import export_model
+    if name not in EXPORTED:
+        return open_engine(name, model, None)
+    if artifact_folder is None:
+        raise ValueError(f"artifact_folder must be given for engine {name!r}, got None")
+    folder = artifact_folder / name
+    if not folder.exists():
+        from ultramem.export import export_model
 
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            export_model(model, name, folder)
-    engine: Engine = open_engine(name, model, folder)
-    return engine
+        artifact_folder.mkdir(parents=True, exist_ok=True)
+        export_model(model, name, folder)
+    return open_engine(name, model, folder)
 
 
 def _stages_of(model: Transformer, opened: _Opened, cell: Cell, inputs: Inputs, device: torch.device) -> StageTimes:

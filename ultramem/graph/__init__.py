@@ -1,19 +1,8 @@
 """The model families as nn.Modules, and compile-time work on them."""
 
-from ultramem.graph.counts import Counts, count
 from ultramem.graph.memory_layer import UltraMemLayer
 from ultramem.graph.param_groups import param_groups
 from ultramem.graph.transformer import Cache, ModelOutput, Transformer, build_model
 from ultramem.graph.weights import load
 
-__all__ = [
-    "Cache",
-    "Counts",
-    "ModelOutput",
-    "Transformer",
-    "UltraMemLayer",
-    "build_model",
-    "count",
-    "load",
-    "param_groups",
-]
+__all__ = ["Cache", "ModelOutput", "Transformer", "UltraMemLayer", "build_model", "load", "param_groups"]
