@@ -37,7 +37,7 @@ def value_and_gradients(
     """The function's value at detached `inputs`, and the gradient of each of them, dense."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     value = function(*leaves)
-    grads = torch.autograd.grad(value, leaves, grad_output.to(value.dtype))
+    grads = torch.autograd.grad(value, leaves, grad_output.to(value))
     return (value.detach(), *(g.to_dense() if g.layout == torch.sparse_coo else g for g in grads))
 
 

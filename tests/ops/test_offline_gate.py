@@ -13,21 +13,64 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
+# Traces the forward ops on fake CPU tensors with the kernels forced, and lists what each launch is taken to write.
+TRACE = """
+import json
+import torch
+import triton
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from triton.backends.compiler import GPUTarget
+from ultramem import ops
+
+
+class Driver:  # what tracing asks of a driver
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+
+triton.runtime.driver._active = Driver()
+written = {}
+
+
+def trace(name, function, *arguments):
+    graph = make_fx(dispatch_functionalize(function))(*arguments).graph
+    launches = [node for node in graph.nodes if node.target is triton_kernel_wrapper_functional]
+    written[name] = [sorted(node.kwargs["tensors_to_clone"]) for node in launches]
+
+
+with FakeTensorMode(), torch.no_grad(), ops.use_implementation(ops.Implementation.TRITON):
+    index = torch.empty(8, 6, dtype=torch.int64)
+    side, sides, pair = torch.empty(8, 2, 20), torch.empty(8, 2, 2, 20), torch.empty(2, 2)
+    tucker = sides, sides, torch.empty(2, 2, 2, 2), pair, pair
+    table, weights = torch.empty(9, 32), torch.empty(8, 6, 2)
+    trace("lookup_reduce", lambda *x: ops.lookup_reduce(*x, num_blocks=4), table, index, weights)
+    trace("permute_addresses", lambda x: ops.permute_addresses(x, 1000, 1), index)
+    trace("product_topk", lambda *x: tuple(ops.product_topk(*x, 5)), side, side)
+    for rule in ("one_tailed", "two_tailed"):
+        trace(f"tucker_topk {rule}", lambda *x: tuple(ops.tucker_topk(*x, 5, candidates=rule)), *tucker)
+print(json.dumps(written))
+"""
+
+
+def run_compiler(*arguments: str | Path) -> dict:
+    """The JSON object that a Python program prints last, run where Triton compiles."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def kernels() -> list[dict]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "offline_gate.py", "--size", "1.6b", "--capability", "90"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return json.loads(run.stdout.splitlines()[-1])["kernels"]
+    gate = ROOT / "benchmarks" / "offline_gate.py"
+    return run_compiler(gate, "--size", "1.6b", "--capability", "90")["kernels"]
 
 
 def test_no_kernel_spills_at_the_largest_size(kernels: list[dict]) -> None:
@@ -41,3 +84,15 @@ def test_value_rows_are_read_16_bytes_a_lane(kernels: list[dict]) -> None:
     assert {k["kernel"] for k in readers} == {"lookup_reduce_kernel", "row_gradient_kernel", "score_gradient_kernel"}
     for kernel in readers:
         assert kernel["loads"].get("16", 0) >= kernel["wide_loads_expected"], kernel
+
+
+def test_compiled_graphs_copy_no_input_of_a_kernel() -> None:
+    # torch.compile clones whatever it believes that a kernel writes; an input among them costs a launch and its bytes.
+    select = [["positions"], ["addresses", "found", "scores"]]
+    assert run_compiler("-c", TRACE) == {
+        "lookup_reduce": [["out"]],
+        "permute_addresses": [["out"]],
+        "product_topk": select,
+        "tucker_topk one_tailed": select,
+        "tucker_topk two_tailed": select,
+    }

@@ -149,7 +149,13 @@ def test_opcheck(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", True)], ids=str
+    ("backend", "dynamic"),
+    [
+        ("aot_eager", False),
+        ("aot_eager", True),
+        pytest.param("inductor", True, marks=pytest.mark.slow),  # g++ takes most of a minute over the 64-bit divisions
+    ],
+    ids=str,
 )
 def test_compiles_to_one_graph(device: torch.device, backend: str, dynamic: bool) -> None:
     torch._dynamo.reset()
