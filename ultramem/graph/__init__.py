@@ -1,7 +1,7 @@
 """The model families as nn.Modules, and compile-time work on them."""
 
 from ultramem.graph.memory_layer import UltraMemLayer
-from ultramem.graph.param_groups import param_groups
+from ultramem.graph.parameter_groups import param_groups
 from ultramem.graph.transformer import Cache, ModelOutput, Transformer, build_model
 from ultramem.graph.weights import load
 

@@ -146,8 +146,8 @@ class UltraMemLayer(nn.Module):
         row_scores, col_scores = self.score(query)
         scores, addresses = self.select(row_scores, col_scores)
         pooled_TEV = self.lookup(scores, addresses)
-        output_TD: Tensor = self.expand(pooled_TEV.flatten(1))
-        return output_TD.unflatten(0, hidden_BSD.shape[:2])
+        output_BSD: Tensor = self.expand(pooled_TEV.flatten(1)).view(hidden_BSD.shape)
+        return output_BSD
 
     def next_conv(self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None = None) -> Tensor:
         """The last W-1 inputs [B,D,W-1], to pass with the sequence that follows; zeros where there were none."""

@@ -103,7 +103,7 @@ def _read_only_by(worth: list[Node], cones: Mapping[Node, set[Node]]) -> list[No
     """Weights that nothing reads once `worth` is folded."""
     inside: set[Node] = set().union(*(cones[node] for node in worth))
     dying: set[Node] = set()
-    for node in reversed(sorted(inside)):
+    for node in sorted(inside, reverse=True):
         if node in worth or all(user in dying for user in node.users):
             dying.add(node)
     return [node for node in dying if node.op == "placeholder"]
@@ -118,12 +118,13 @@ class _Evaluate(Interpreter):
 
     def __init__(self, gm: GraphModule, weights: Mapping[str, Tensor]) -> None:
         super().__init__(gm)
+        self.gm = gm
         self.weights = weights
 
     @torch.no_grad()
     def values(self, wanted: list[Node]) -> list[Tensor]:
         needed = set().union(*(_cone(node) for node in wanted))
-        for node in self.module.graph.nodes:
+        for node in self.gm.graph.nodes:
             if node in needed:
                 self.env[node] = self.weights[node.name] if node.op == "placeholder" else self.run_node(node)
         return [self.env[node].detach().clone(memory_format=torch.contiguous_format) for node in wanted]

@@ -51,12 +51,13 @@ def _inline(gm: GraphModule, node: Node) -> None:
                 for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
                     if key in node.meta:
                         copies[each].meta[key] = node.meta[key]
-    (output,) = body.graph.output_node().args
+    output: Any = body.graph.output_node().args[0]
     if isinstance(output, Node):
         node.replace_all_uses_with(copies[output])
     else:
         for user in list(node.users):
             assert user.target is operator.getitem, user
-            user.replace_all_uses_with(copies[output[user.args[1]]])
+            index: Any = user.args[1]
+            user.replace_all_uses_with(copies[output[index]])
             gm.graph.erase_node(user)
     gm.graph.erase_node(node)

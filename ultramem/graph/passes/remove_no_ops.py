@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -31,13 +33,13 @@ def remove_no_ops(gm: GraphModule) -> PassResult:
 
 
 def _returns_its_input(node: Node) -> bool:
+    args: tuple[Any, ...] = node.args
     if node.target in _ALWAYS:
         return True
     if node.target is aten.dropout.default:
-        return node.args[2] is False
+        return args[2] is False
     if node.target is aten.to.dtype:
-        return len(node.args) == 2 and not node.kwargs and node.args[0].meta["val"].dtype == node.args[1]  # type: ignore[union-attr]  # a node, by the op's schema
-    if node.target is aten.slice.Tensor:
-        _, _, start, end, *step = (*node.args, *((0, 0, _NEVER_END)[len(node.args) - 1 :]))
-        return start in (None, 0) and end == _NEVER_END and step in ([], [1])
+        return len(args) == 2 and not node.kwargs and args[0].meta["val"].dtype == args[1]
+    if node.target is aten.slice.Tensor and len(args) == 4:
+        return args[2] in (None, 0) and args[3] == _NEVER_END
     return False
