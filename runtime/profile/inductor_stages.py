@@ -32,6 +32,7 @@ COMPILE_OPTIONS = {"trace.provenance_tracking_level": 2, "cpp.enable_kernel_prof
 """Inductor options under which a model must be compiled for its stages to be told apart."""
 
 _CALL = "ultramem::call"
+_COMPILED_GRAPH = "## Call CompiledFxGraph"
 _KERNEL_INFORMATION = "kernel_information.json"
 _LINEAR_STAGES = ("expand", "head")
 """Stages that are a plain linear layer: the class does not tell them apart, the line that calls them does."""
@@ -173,18 +174,22 @@ def _profiled_calls(cell: Cell, repeats: int) -> list[tuple[float, list[tuple[st
             with record_function(_CALL):
                 cell.call()
     calls: list[tuple[float, list[tuple[str, float]]]] = []
-    end = float("-inf")
+    kernel_end = graph_end = float("-inf")
     for event in sorted(profiler.events() or [], key=lambda event: (event.time_range.start, -event.time_range.end)):
+        start, end = event.time_range.start, event.time_range.end
         if event.name == _CALL:
             calls.append((event.time_range.elapsed_us(), []))
-        elif event.time_range.start >= end and _is_kernel(event.name):
-            end = event.time_range.end
+        elif event.name.startswith(_COMPILED_GRAPH):
+            graph_end = end
+        elif start >= kernel_end and _is_kernel(event.name, in_graph=start < graph_end):
+            kernel_end = end
             calls[-1][1].append((event.name, event.time_range.elapsed_us()))
     return calls
 
 
-def _is_kernel(name: str) -> bool:
-    return name.startswith(("graph_", "cpp_fused", "aten::", "aoti_torch_", "mkldnn::"))
+def _is_kernel(name: str, *, in_graph: bool) -> bool:
+    # Operators outside a compiled graph are the engine's own; AOTInductor has a name of its own for those in its graph.
+    return name.startswith(("graph_", "cpp_fused", "aoti_torch_")) or (in_graph and "::" in name)
 
 
 def _follows(events: Sequence[tuple[str, float]], kernels: Sequence[Kernel]) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ultramem.runtime.profile.units import number_text
 from ultramem.runtime.report.page import escape
 
-LABEL_ROOM = 0.2
+LABEL_ROOM = 0.24
 """Share of a bar chart's width that is left for the number behind the longest bar."""
 LETTER_ROOM = 0.024
 """Width of a letter in a stacked bar on a phone: a segment shows its name where all of it fits."""
@@ -171,7 +171,10 @@ def line_chart(
                 if value <= y_high
             ]
     y_labels = "".join(f'<span style="top:{place(0, mark)[1]:.2f}%">{mark:g}</span>' for mark in y_marks)
-    x_labels = "".join(f'<span style="left:{_percent(mark / x_high)}">{mark:,g}</span>' for mark in x_marks)
+    x_labels = "".join(
+        f'<span{" class=end" if mark > 0.95 * x_high else ""} style="left:{_percent(mark / x_high)}">{mark:,g}</span>'
+        for mark in x_marks
+    )
     return (
         f'<div class="plot" role="img" aria-label="{escape(summary)}"><div class="y-title">{escape(y_title)}</div>'
         f'<div class="y">{y_labels}</div><div class="canvas">'

@@ -11,7 +11,7 @@ from typing import Any
 from ultramem.runtime.profile.schema import check_document
 from ultramem.runtime.profile.units import scaled_text
 from ultramem.runtime.report.charts import Curve, line_chart
-from ultramem.runtime.report.page import Cell, details, escape, legend, page, section, table, text_cell
+from ultramem.runtime.report.page import Cell, details, escape, heading, legend, page, section, table, text_cell
 from ultramem.runtime.report.sections import (
     SERIES,
     Source,
@@ -76,7 +76,7 @@ def render_demo(
     }
     headline = title or _headline(runs)
     body = [
-        f'<header><h1>{escape(headline)}</h1><p class="lead">{escape(about)}</p></header>',
+        f'<header><h1>{heading(headline)}</h1><p class="lead">{escape(about)}</p></header>',
         _results_section(runs),
         _loss_section(runs),
         *([latency_section(sources), stage_section(sources)] if sources else []),
@@ -164,9 +164,12 @@ def _loss_section(runs: Sequence[DemoRun]) -> str:
         return ""
     low, high = min(shown), max(shown)
     margin = 0.05 * (high - low) or 0.1
-    last = {run.model: _last(run, "eval_loss") for run in runs}
-    ends = ", ".join(f"{name} at {value:.3f}" for name, value in last.items() if value is not None)
-    title = f"Held-out loss ends with {ends}" if ends else "Training loss"
+    last: dict[str, list[float]] = {}
+    for run in runs:
+        last.setdefault(run.model, []).extend([row["eval_loss"] for row in run.metrics if "eval_loss" in row][-1:])
+    ends = ", ".join(f"{name} at {statistics.fmean(values):.3f}" for name, values in last.items() if values)
+    seeds = " (mean of the seeds)" if max(map(len, last.values())) > 1 else ""
+    title = f"Held-out loss ends with {ends}{seeds}" if ends else "Training loss"
     chart = line_chart(
         curves,
         x_title="training step",
@@ -203,10 +206,6 @@ def _loss_section(runs: Sequence[DemoRun]) -> str:
     return section(
         title, legend(colors.items()), f"<figure>{chart}<figcaption>{escape(note)}</figcaption></figure>", evaluations
     )
-
-
-def _last(run: DemoRun, name: str) -> float | None:
-    return next((float(row[name]) for row in reversed(run.metrics) if name in row), None)
 
 
 def _binned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

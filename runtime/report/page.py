@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from ultramem.graph.weights import write_atomically
 
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:%|(?:[µm]?s|[kMGT]?(?:B|FLOP)|times)\b))")
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -47,10 +49,15 @@ def escape(text: object) -> str:
     return html.escape(str(text))
 
 
+def heading(text: str) -> str:
+    """Text of a heading, in which no line breaks between a number and its unit."""
+    return escape(_BEFORE_UNIT.sub("\u00a0", text))
+
+
 def section(title: str, *content: str, note: str = "") -> str:
     """A card with a heading that says what is seen."""
     caption = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{caption}{''.join(content)}</section>"
+    return f"<section><h2>{heading(title)}</h2>{caption}{''.join(content)}</section>"
 
 
 def details(summary: str, *content: str) -> str:

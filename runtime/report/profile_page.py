@@ -6,7 +6,7 @@ from typing import Any
 
 from ultramem.runtime.profile.schema import check_document
 from ultramem.runtime.profile.units import bytes_text, scaled_text, share_text, time_text
-from ultramem.runtime.report.page import escape, number, page
+from ultramem.runtime.report.page import escape, heading, number, page
 from ultramem.runtime.report.sections import (
     Source,
     engine_name,
@@ -33,7 +33,7 @@ def render_profile(profile_json: dict[str, Any]) -> str:
         "in which stage, and how far that is from what the machine can move and compute."
     )
     body = [
-        f'<header><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>{_tiles(source)}</header>',
+        f'<header><h1>{heading(title)}</h1><p class="lead">{escape(lead)}</p>{_tiles(source)}</header>',
         latency_section([source]),
         stage_section([source]),
         roofline_section(source),

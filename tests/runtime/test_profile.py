@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.autograd.profiler import record_function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -368,7 +369,13 @@ def test_a_kernel_over_several_stages_keeps_them_all() -> None:
 
 def profiled_cell() -> Cell:
     weight = torch.ones(8, 8)
-    return Cell("compile", 1, "decode", lambda: (weight @ weight).topk(2), round_us=[[5.0]])
+
+    def call() -> None:
+        weight.cumsum(0)  # the engine's own, outside the graph
+        with record_function("## Call CompiledFxGraph abc ##"):
+            (weight @ weight).topk(2)
+
+    return Cell("compile", 1, "decode", call, round_us=[[5.0]])
 
 
 def test_profiler_events_follow_the_compiled_kernels() -> None:
@@ -411,6 +418,29 @@ def test_onnx_node_times_go_to_the_run_they_are_in() -> None:
     ]
     runs = stage_runs(events, {"matmul": "mlp"})
     assert runs == [Run(50, {("mlp",): 20.0}), Run(40, {("mlp",): 30.0})]
+
+
+@pytest.mark.slow
+def test_every_engine_shows_its_stages(tmp_path: Path) -> None:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module)
+    model = make_model()
+    found = profile(
+        model,
+        ["eager", "compile", "onnx", "aoti"],
+        batches=(1, 2),
+        prompt_tokens=7,
+        decode_steps=10,
+        seconds_per_cell=0.05,
+        artifact_folder=tmp_path,
+        machine=MACHINE,
+    )
+    assert len(found.stages) == 16
+    for times in found.stages:
+        assert times.rows, times
+        covered = {stage for row in times.rows for stage in row.stages}
+        assert covered == set(STAGES), (times.engine, times.batch, times.phase, covered)
+        assert 0 < times.coverage <= 1
 
 
 # Units
