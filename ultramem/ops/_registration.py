@@ -7,11 +7,36 @@ to the first launch.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.library import custom_op, infer_schema
+
+
+class _Source:
+    """What torch.compile's graph cache hashes of an inlined op: the files that its body may come from.
+
+    That cache keys a graph by the names of its ops, so after an upgrade it would serve the old body of an op. Of a
+    `triton_op` it hashes the kernels, as it does of this stand-in for one.
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = lambda: None  # where a kernel names the kernels that it calls
+        self.__name__ = fn.__name__
+        self._file = inspect.getsourcefile(fn)
+
+    @cached_property
+    def src(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        files = {Path(self._file)} if self._file else set()
+        for file in sorted(files.union(Path(__file__).parent.rglob("*.py"))):
+            digest.update(file.read_bytes())
+        return f"# {self.__name__} {digest.hexdigest()}"
 
 
 def traceable_op(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -43,6 +68,10 @@ def traceable_op(name: str) -> Callable[[Callable[..., Any]], Any]:
                 return fn(*args, **(kwargs or {}))
 
         op.register_torch_dispatch(FunctionalTensorMode, inline)
+
+        from torch._library.triton import triton_ops_to_kernels
+
+        triton_ops_to_kernels[name] = [_Source(fn)]
         return op
 
     return register
