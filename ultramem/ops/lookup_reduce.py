@@ -5,7 +5,7 @@ Shapes: N rows, D value dim, T tokens, K slots a token (heads x top-m), C cores,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,31 +37,40 @@ def _lookup_reduce(
         return kernels.lookup_reduce(values_ND, indices_TK, scores_TKC, num_blocks)
     n, d = values_ND.shape
     t, _, c = scores_TKC.shape
-    bags, first, weights = _bags(n, indices_TK, scores_TKC.to(values_ND.dtype), num_blocks)
+    bags = _bags(n, indices_TK, scores_TKC.to(values_ND.dtype), num_blocks)
     pooled = torch.nn.functional.embedding_bag(
-        bags, values_ND.view(n * c, d // c), first, mode="sum", per_sample_weights=weights
+        bags.rows, values_ND.view(n * c, d // c), bags.first, mode="sum", per_sample_weights=bags.weights
     )
     return pooled.view(t, c, num_blocks, d // c).transpose(1, 2).reshape(t, num_blocks, d)
 
 
-def _bags(n: int, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The lookup as bags for `embedding_bag`: one bag per (token, core, block) over the table seen as [N*C, D/C].
+class _Bags(NamedTuple):
+    """The lookup as bags for `embedding_bag`: one per (token, core, block) over the table seen as [N*C, D/C]."""
 
-    Returns flat rows [T*C*K], the first slot of each bag [T*C*E], and weights [T*C*K].
-    """
+    rows: Tensor
+    """[T*C*K], the slots of a token sorted by block."""
+    first: Tensor
+    """[T*C*E] where each bag begins."""
+    weights: Tensor
+    """[T*C*K]."""
+    order_TK: Tensor | None
+    """Which slot of the token came to each place; None: as it was."""
+
+
+def _bags(n: int, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int) -> _Bags:
     t, k, c = scores_TKC.shape
     core = torch.arange(c, device=indices_TK.device)
     if num_blocks == 1:
         rows_TCK = indices_TK.unsqueeze(1) * c + core.view(1, c, 1)
         first = torch.arange(t * c, device=indices_TK.device) * k
-        return rows_TCK.reshape(-1), first, scores_TKC.transpose(1, 2).reshape(-1)
+        return _Bags(rows_TCK.reshape(-1), first, scores_TKC.transpose(1, 2).reshape(-1), None)
     block_TK, order_TK = (indices_TK // n).sort(dim=1, stable=True)
     rows_TCK = (indices_TK % n).gather(1, order_TK).unsqueeze(1) * c + core.view(1, c, 1)
     weights_TCK = scores_TKC.gather(1, order_TK.unsqueeze(-1).expand(t, k, c)).transpose(1, 2)
     block = torch.arange(num_blocks, device=indices_TK.device)
     first_TE = (block_TK.unsqueeze(1) < block.view(1, -1, 1)).sum(-1)
     first_TCE = first_TE.unsqueeze(1) + torch.arange(t * c, device=indices_TK.device).view(t, c, 1) * k
-    return rows_TCK.reshape(-1), first_TCE.reshape(-1), weights_TCK.reshape(-1)
+    return _Bags(rows_TCK.reshape(-1), first_TCE.reshape(-1), weights_TCK.reshape(-1), order_TK)
 
 
 @opaque_op("ultramem::lookup_reduce_backward")
@@ -73,13 +82,12 @@ def _lookup_reduce_backward(
         from ultramem.ops.triton import lookup_reduce as kernels
 
         return kernels.lookup_reduce_backward(grad_TED, values_ND, indices_TK, scores_TKC, need_values)
-    n, d = values_ND.shape
-    row_grads_TKD, grad_scores = _slot_gradients(grad_TED, values_ND, indices_TK, scores_TKC)
+    if values_ND.dtype in _BAG_DTYPES:
+        return _bag_gradients(grad_TED, values_ND, indices_TK, scores_TKC, need_values)
+    rows_U, row_grads_UD, grad_scores = _touched_gradients(grad_TED, values_ND, indices_TK, scores_TKC)
     if not need_values:
         return values_ND.new_empty(0), grad_scores
-    rows = (indices_TK % n).reshape(-1)
-    dense = torch.ops.aten.embedding_dense_backward(row_grads_TKD.view(-1, d), rows, n, -1, False)
-    return dense.to(values_ND.dtype), grad_scores
+    return torch.zeros_like(values_ND).index_copy(0, rows_U, row_grads_UD), grad_scores
 
 
 @_lookup_reduce_backward.register_fake
@@ -89,19 +97,51 @@ def _(
     return values_ND.new_empty(values_ND.shape if need_values else (0,)), scores_TKC.new_empty(scores_TKC.shape)
 
 
-def _slot_gradients(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor
+# What aten's backward of an embedding bag takes; it adds up in the dtype of the table.
+_BAG_DTYPES = (torch.float32, torch.float64)
+_MODE_SUM = 0
+
+
+def _bag_gradients(
+    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_values: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the row in each slot [T,K,D] (in the accumulation dtype) and of each score [T,K,C]."""
+    """Gradients of the table [N,D] (empty unless `need_values`) and of the scores, without a row gradient per slot."""
     n, d = values_ND.shape
     t, k, c = scores_TKC.shape
+    e, x = grad_TED.shape[1], d // c
+    bags = _bags(n, indices_TK, scores_TKC.to(values_ND.dtype), e)
+    table = values_ND.view(n * c, x)
+    sizes = torch.diff(bags.first, append=bags.first.new_tensor([t * c * k]))
+    bag = torch.repeat_interleave(torch.arange(t * c * e), sizes)
+    grad_bags = grad_TED.view(t, e, c, x).transpose(1, 2).reshape(t * c * e, x)
+    grad_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad_bags, table, bags.rows, bags.first, bag, _MODE_SUM
+    )
+    grad_scores = grad_weights.view(t, c, k).transpose(1, 2)
+    if bags.order_TK is not None:
+        order_TKC = bags.order_TK.unsqueeze(-1).expand(t, k, c)
+        grad_scores = torch.empty_like(grad_scores).scatter_(1, order_TKC, grad_scores)
+    grad_scores = grad_scores.to(scores_TKC.dtype).contiguous()
+    if not need_values:
+        return values_ND.new_empty(0), grad_scores
+    unused = bags.first.new_empty(0)  # bag sizes and argmax, which sums do not need
+    grad_values = torch.ops.aten._embedding_bag_dense_backward(
+        grad_bags, bags.rows, bag, unused, unused, n * c, False, _MODE_SUM, bags.weights
+    )
+    return grad_values.view(n, d), grad_scores
+
+
+def _touched_gradients(
+    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Touched rows [U] ascending, their gradients [U,D], and those of the scores: the lookup on a table of U rows."""
+    n = values_ND.shape[0]
     dtype = accumulation_dtype(values_ND.dtype)
-    x = d // c
-    block_TKD = (indices_TK // n).unsqueeze(-1).expand(t, k, d)
-    grad_TKCX = grad_TED.to(dtype).gather(1, block_TKD).view(t, k, c, x)
-    rows_TKCX = values_ND[indices_TK % n].to(dtype).view(t, k, c, x)
-    grad_scores = (grad_TKCX * rows_TKCX).sum(-1).to(scores_TKC.dtype)
-    return (grad_TKCX * scores_TKC.to(dtype).unsqueeze(-1)).view(t, k, d), grad_scores
+    rows_U, position_TK = torch.unique(indices_TK % n, return_inverse=True)
+    touched_UD = values_ND[rows_U].to(dtype)
+    moved_TK = position_TK + indices_TK // n * rows_U.shape[0]
+    grad_UD, grad_scores = _bag_gradients(grad_TED.to(dtype), touched_UD, moved_TK, scores_TKC, True)
+    return rows_U, grad_UD.to(values_ND.dtype), grad_scores
 
 
 @opaque_op("ultramem::lookup_reduce_backward_rows")
@@ -113,13 +153,7 @@ def _lookup_reduce_backward_rows(
         from ultramem.ops.triton import lookup_reduce as kernels
 
         return kernels.lookup_reduce_backward_rows(grad_TED, values_ND, indices_TK, scores_TKC)
-    n, d = values_ND.shape
-    row_grads_TKD, grad_scores = _slot_gradients(grad_TED, values_ND, indices_TK, scores_TKC)
-    rows, position = torch.unique(indices_TK % n, return_inverse=True)
-    summed = torch.ops.aten.embedding_dense_backward(
-        row_grads_TKD.view(-1, d), position.reshape(-1), rows.shape[0], -1, False
-    )
-    return rows, summed.to(values_ND.dtype), grad_scores
+    return _touched_gradients(grad_TED, values_ND, indices_TK, scores_TKC)
 
 
 @_lookup_reduce_backward_rows.register_fake

@@ -139,7 +139,7 @@ def grid_topk_kernel(
 
     `found` [P,K] int64 holds (key, complement of the address), so that one comparison orders score and address.
     Bytes: the candidates' scores (2 R S TAILS elements, from L2), 8 K of found each way, K (8 + C * itemsize) written.
-    Registers: 36 to 59 at the paper's k = 16, 35, 42; 117 at 64, 250 at 100; a k of 128 spills: right, but slow.
+    Registers: 36 to 60 at the paper's k = 16, 35, 42; 117 at 64, 250 at 100; a k of 128 spills: right, but slow.
     """
     pair = tl.program_id(0).to(tl.int64)
     row += pair * (R * N)
