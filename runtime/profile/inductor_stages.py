@@ -84,7 +84,9 @@ def packaged_kernels(package: Path) -> list[list[Kernel]]:
 def kernel_stages(cell: Cell, graphs: Sequence[Sequence[Kernel]], *, repeats: int) -> StageTimes:
     """Time of each set of stages, from the profiler's events of the generated kernels."""
     if not any(graphs):
-        return not_separable(cell, "compiled without provenance tracking and kernel profiling")
+        return not_separable(
+            cell, "compiled without COMPILE_OPTIONS: profile exports it so where there is no export yet"
+        )
     runs = []
     for wall_us, events in _profiled_calls(cell, repeats):
         kernels = next((graph for graph in graphs if _follows(events, graph)), None)

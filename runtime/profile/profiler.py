@@ -42,6 +42,8 @@ from ultramem.runtime.profile.stages import eager_stages, not_separable
 
 ROUNDS = 5
 STAGE_REPEATS = 20
+STAGE_SECONDS = 1.0
+"""Time for the instrumented forwards of one engine, batch and phase; five of them run in any case."""
 CHECK_DRAWS = 3
 EXPORTED = ("onnx", "aoti")
 """Engines that are loaded from a folder of their own."""
@@ -256,15 +258,16 @@ def _open_by_name(name: str, model: Transformer, artifact_folder: Path | None) -
 
 def _stages_of(model: Transformer, opened: _Opened, cell: Cell, inputs: Inputs, device: torch.device) -> StageTimes:
     name, folder = opened.engine.name, opened.folder
+    repeats = max(5, min(STAGE_REPEATS, int(1e6 * STAGE_SECONDS / percentile(cell.samples_us, 0.5))))
     if name == "eager":
-        return eager_stages(model, cell, repeats=STAGE_REPEATS, device=device)
+        return eager_stages(model, cell, repeats=repeats, device=device)
     if device.type != "cpu":
         return not_separable(cell, f"stages of compiled engines are told apart on a CPU only, this is {device}")
     if name == "onnx" and folder is not None:
-        return onnx_stages(folder / "model.onnx", cell, inputs, repeats=STAGE_REPEATS)
+        return onnx_stages(folder / "model.onnx", cell, inputs, repeats=repeats)
     packages = sorted(folder.glob("*.pt2")) if folder is not None else ()
     graphs = [*opened.graphs, *(graph for package in packages for graph in packaged_kernels(package))]
-    return kernel_stages(cell, graphs, repeats=STAGE_REPEATS)
+    return kernel_stages(cell, graphs, repeats=repeats)
 
 
 def _check_arguments(

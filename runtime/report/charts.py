@@ -14,6 +14,8 @@ from ultramem.runtime.report.page import escape
 
 LABEL_ROOM = 0.24
 """Share of a bar chart's width that is left for the number behind the longest bar."""
+THIN = 0.02
+"""Share of a chart's width below which a segment has no gap to the next."""
 LETTER_ROOM = 0.024
 """Width of a letter in a stacked bar on a phone: a segment shows its name where all of it fits."""
 
@@ -133,7 +135,8 @@ def stacked_bars(rows: Sequence[tuple[str, str, Sequence[Segment]]], *, unit: st
 
 def _segment(segment: Segment, share: float, shown: float) -> str:
     label = escape(segment.label) if shown >= LETTER_ROOM * (len(segment.label) + 1) else ""
-    classes = "segment" + (" light" if segment.is_dark else "")
+    # A gap would swallow a thin segment.
+    classes = "segment" + (" light" if segment.is_dark else "") + (" gap" if shown > THIN else "")
     style = f"width:{_percent(share)}"
     if segment.look.isalpha():
         classes += f" {segment.look}"

@@ -387,7 +387,7 @@ def test_profiler_events_follow_the_compiled_kernels() -> None:
 
 @pytest.mark.parametrize(
     ("graphs", "note"),
-    [([], "compiled without provenance"), ([[Kernel("extern_kernels.bmm", ("head",))]], "not, one for one")],
+    [([], "compiled without COMPILE_OPTIONS"), ([[Kernel("extern_kernels.bmm", ("head",))]], "not, one for one")],
 )
 def test_what_cannot_be_divided_is_reported_whole(graphs: list[list[Kernel]], note: str) -> None:
     times = kernel_stages(profiled_cell(), graphs, repeats=3)
