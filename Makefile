@@ -10,6 +10,7 @@ DEMO_OUT ?= runs/demo
 help:
 	@echo "make demo    train, compare, export and profile a small model; ends with the path of an HTML report"
 	@echo "make test    the tests"
+	@echo "make test-slow  the tests of over a minute"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff format"
 	@echo "make clean   remove the virtual environment and caches (runs/ stays)"
@@ -19,10 +20,10 @@ demo: $(READY)
 
 # Two workers of one thread each: the tests are many small programs, and spinning OpenMP threads would fight over cores.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -65,7 +65,9 @@ def main() -> int:
         demo_run(model, args.out / model, results[model], sample if model == MODELS[0] else None) for model in MODELS
     ]
     write_report(report, render_demo(runs, list(profiles.values()), about=ABOUT))
-    print_summary(runs, profiles)
+    summary = summarise(runs, profiles)
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print_summary(summary)
     print(f"{time.perf_counter() - began:.0f} s in all. Open {report.resolve().as_uri()}")
     return 0
 
@@ -90,30 +92,49 @@ def demo_run(model: str, folder: Path, result: dict[str, Any], sample: dict[str,
     )
 
 
-def print_summary(runs: list[DemoRun], profiles: dict[str, dict[str, Any]]) -> None:
-    """One row a model: quality, training, and the decode step on each engine."""
+def summarise(runs: list[DemoRun], profiles: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figures of the demo: quality, training, and the decode step at batch 1 on each engine."""
+    first = profiles[runs[0].model]
+    return {
+        "machine": first["machine"],
+        "engines": [engine["name"] for engine in first["engines"]],
+        "models": [
+            {
+                "model": run.model,
+                "parameters": run.parameters,
+                "flops_per_token": run.flops_per_token,
+                "bits_per_byte": run.bits_per_byte,
+                "steps": run.steps,
+                "seed": run.seed,
+                "train_seconds": run.seconds,
+                "decode_p50_us": {
+                    row["engine"]: row["p50_us"]
+                    for row in profiles[run.model]["latency"]
+                    if row["phase"] == "decode" and row["batch"] == 1
+                },
+            }
+            for run in runs
+        ],
+    }
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """One row a model."""
     table = Table(title="ultramem demo")
-    engines = [engine["name"] for engine in profiles[runs[0].model]["engines"]]
     table.add_column("model")
-    for heading in ("parameters", "MFLOP/token", "bits/byte", "Alice", "steps", "seed", "train s"):
+    headings = ["parameters", "MFLOP/token", "bits/byte", "Alice", "steps", "seed", "train s"]
+    for heading in headings + [f"decode {engine}" for engine in summary["engines"]]:
         table.add_column(heading, justify="right")
-    for engine in engines:
-        table.add_column(f"decode {engine}", justify="right")
-    for run in runs:
-        decode = {
-            row["engine"]: row["p50_us"]
-            for row in profiles[run.model]["latency"]
-            if row["phase"] == "decode" and row["batch"] == 1
-        }
+    for row in summary["models"]:
         table.add_row(
-            run.model,
-            f"{run.parameters / 1e6:.2f} M",
-            f"{run.flops_per_token / 1e6:.2f}",
-            *(f"{bits:.3f}" for bits in run.bits_per_byte.values()),
-            str(run.steps),
-            str(run.seed),
-            f"{run.seconds:.0f}",
-            *(f"{decode[engine] / 1e3:.2f} ms" for engine in engines),
+            row["model"],
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['flops_per_token'] / 1e6:.2f}",
+            *(f"{bits:.3f}" for bits in row["bits_per_byte"].values()),
+            str(row["steps"]),
+            str(row["seed"]),
+            f"{row['train_seconds']:.0f}",
+            *(f"{row['decode_p50_us'][engine] / 1e3:.2f} ms" for engine in summary["engines"]),
         )
     Console(width=150).print(table)
 
