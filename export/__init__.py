@@ -1,0 +1,15 @@
+"""Lowering of a model to other engines: captured once, rewritten by named passes, compared with eager."""
+
+from ultramem.export.artifact import ENGINES, Artifact, export_model, load_artifact
+from ultramem.export.manifest import Manifest
+from ultramem.export.onnx_stages import stage_of_node, stages_of_optimized_model
+
+__all__ = [
+    "ENGINES",
+    "Artifact",
+    "Manifest",
+    "export_model",
+    "load_artifact",
+    "stage_of_node",
+    "stages_of_optimized_model",
+]

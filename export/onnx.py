@@ -1,0 +1,129 @@
+"""ONNX: one `model.onnx` for stock ONNX Runtime, and for runtimes that have kernels for the nodes of this package.
+
+Every node is named `<stage>/<name>` (see `onnx_stages`), so that a profile can be read stage by stage; the module path
+stands in the node's metadata as well ("namespace", "pkg.torch.onnx.name_scopes"), as torch.onnx wrote it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultramem.export import onnx_functions
+from ultramem.export.extras import quiet_exporters, require
+from ultramem.export.onnx_stages import OTHER_STAGE, stage_of_module
+from ultramem.export.program import Program, simplify
+from ultramem.ops.tucker_topk import Candidates
+
+FILE = "model.onnx"
+EXTERNAL_BYTES = 1_500_000_000  # a protobuf message ends at 2 GB
+
+
+def export_onnx(
+    program: Program, folder: Path, *, candidates: Candidates, external_bytes: int = EXTERNAL_BYTES
+) -> Program:
+    """Write `model.onnx` (and `model.onnx.data` if the weights take more than `external_bytes`) to `folder`.
+
+    Returns:
+        The program as it was translated, with its passes.
+
+    Raises:
+        ImportError: onnx or onnxscript is missing.
+    """
+    onnx = require("onnx", "onnx")
+    ir = require("onnx_ir", "onnx")
+    require("onnxscript", "onnx")
+    program = simplify(program)
+    with quiet_exporters(), onnx_functions.schemas():
+        translated = torch.onnx.export(
+            program.exported,
+            dynamo=True,
+            verbose=False,
+            opset_version=onnx_functions.OPSET,
+            input_names=list(program.input_names),
+            output_names=list(program.output_names),
+            custom_translation_table=onnx_functions.translations(),
+        )
+    assert translated is not None
+    model: Any = translated.model
+    _name_sizes(model.graph, ir)
+    _name_nodes(model.graph)
+    _attach_functions(model, candidates, ir)
+    model.producer_name = "ultramem"
+    initializers: list[Any] = list(model.graph.initializers.values())
+    weight_bytes = sum(int(each.const_value.nbytes) for each in initializers)
+    path = folder / FILE
+    ir.save(model, path, external_data=f"{FILE}.data" if weight_bytes > external_bytes else None)
+    onnx.checker.check_model(str(path), full_check=True)
+    return program
+
+
+def load_onnx(folder: Path, *, threads: int | None = None) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+    """The model as a function of its inputs, in order, run by ONNX Runtime on the CPU.
+
+    Raises:
+        ImportError: onnxruntime is missing.
+    """
+    runtime = require("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    session = runtime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def run(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        feeds = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        return tuple(torch.from_numpy(output) for output in session.run(None, feeds))
+
+    return run
+
+
+def _name_sizes(graph: Any, ir: Any) -> None:
+    """Call the free sizes batch, seq and past, everywhere."""
+    ids, key = graph.inputs[0], graph.inputs[3]
+    names = {str(ids.shape[0]): "batch", str(ids.shape[1]): "seq", str(key.shape[2]): "past"}
+    pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in names))
+    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [
+                    size if isinstance(size, int) else pattern.sub(lambda found: names[found[0]], str(size))
+                    for size in value.shape
+                ]
+            )
+
+
+def _name_nodes(graph: Any) -> None:
+    """Prefix each node's name by its stage; a node that torch.onnx made without a scope takes its neighbour's."""
+    stages: dict[Any, str] = {}
+    for node in graph:
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # source paths of whoever exported
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+        if scopes is not None:
+            stages[node] = stage_of_module(ast.literal_eval(scopes)[-2])
+    for node in graph:
+        if node not in stages:
+            producers = [each.producer() for each in node.inputs if each is not None]
+            readers = [reader for output in node.outputs for reader, _ in output.uses()]
+            stages[node] = next((stages[each] for each in [*producers, *readers] if each in stages), OTHER_STAGE)
+        node.name = f"{stages[node]}/{node.name}"
+
+
+def _attach_functions(model: Any, candidates: Candidates, ir: Any) -> None:
+    """Give every node of this package its plugin attributes, and the model the bodies of those that it has."""
+    bodies = onnx_functions.function_protos(candidates)
+    for node in model.graph:
+        if node.domain == onnx_functions.DOMAIN:
+            # TensorRT's parser looks a plugin up by these, and takes the body where it finds none.
+            for name, value in (("plugin_namespace", onnx_functions.DOMAIN), ("plugin_version", "1")):
+                node.attributes[name] = ir.AttrString(name, value)
+            function = ir.serde.deserialize_function(bodies[node.op_type])
+            model.functions[function.identifier()] = function
+    model.opset_imports[onnx_functions.DOMAIN] = onnx_functions.VERSION

@@ -1,0 +1,119 @@
+"""Passes keep what a graph computes, and do what they are for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from exported import CONFIG, MEMORY, build
+
+from ultramem.export.program import apply_pass, capture, example_inputs, flatten_cache, simplify, weights
+from ultramem.graph.passes import PassResult, fold_constants, lower_ops, remove_no_ops
+
+
+def operators(program):
+    return [str(node.target) for node in program.exported.graph.nodes if node.op == "call_function"]
+
+
+def outputs(program, inputs):
+    with torch.no_grad():
+        # Capture guards against sizes below 2, which it did not see; the graph holds for them, and no engine checks.
+        return program.exported.module(check_guards=False)(*inputs)
+
+
+def eager(model, inputs):
+    from ultramem.export.program import FlatModel
+
+    with torch.no_grad():
+        return FlatModel(model)(*inputs)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        MEMORY,
+        replace(MEMORY, candidates="two_tailed", expansion=1),
+        replace(MEMORY, rank=1, num_cores=1, permutation="stored", qk_norm=False, conv_width=1),
+    ],
+    ids=["tucker", "two-tailed", "product-keys"],
+)
+def test_passes_keep_the_outputs_at_other_sizes_than_captured(memory):
+    model = build(replace(CONFIG, memory=memory))
+    program = simplify(apply_pass(simplify(capture(model)), lower_ops))
+    assert not any("ultramem" in each for each in operators(program))
+    for batch, seq, past in ((1, 1, 0), (3, 1, 9), (2, 7, 4)):
+        inputs = list(example_inputs(model, batch=batch, seq=seq, past=past))
+        inputs[0] = torch.randint(64, (batch, seq))
+        inputs[3:] = [torch.randn_like(each) for each in inputs[3:]]
+        # The same operators in the same order: the same bits, but for vectorised tails.
+        torch.testing.assert_close(outputs(program, inputs), eager(model, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_simplify_leaves_no_iteration_on_weights():
+    program = simplify(capture(build(CONFIG)))
+    constant = {node for node in program.exported.graph.nodes if node.name in weights(program.exported)}
+    for node in program.exported.graph.nodes:
+        if node.op == "call_function" and node.all_input_nodes and constant.issuperset(node.all_input_nodes):
+            assert "select" in str(node.target), f"{node} depends on weights alone"
+            constant.add(node)
+    assert not {"aten.detach.default", "aten.dropout.default", "aten._assert_tensor_metadata.default"} & set(
+        operators(program)
+    )
+    records = [(record.name, record.nodes_before > record.nodes_after) for record in program.passes]
+    assert records == [("remove_no_ops", True), ("fold_constants", True)]
+
+
+def test_folding_drops_weights_that_nothing_reads():
+    model = build(CONFIG)
+    state = simplify(capture(model)).exported.state_dict
+    assert "model.memories.0.score.keys_H2RNK" not in state
+    keys = model.memories[0].score.keys_H2RNK.numel()
+    total = sum(tensor.numel() for tensor in state.values())
+    small = 2 * 2 * 2 + 8  # the singular pair and the rotary frequencies
+    norm = 8
+    assert total == sum(parameter.numel() for parameter in model.parameters()) + small - norm
+    assert sum(tensor.numel() for name, tensor in state.items() if "folded" in name) == keys + small
+
+
+class Scaled(torch.nn.Module):
+    """A large value from a small weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(1, 64))
+
+    def forward(self, x):
+        return x @ (self.weight.expand(64, 64) * 2)
+
+
+@pytest.mark.parametrize(("small_bytes", "folded"), [(64 * 64 * 4, True), (64 * 64 * 4 - 1, False)])
+def test_folding_keeps_what_would_grow(small_bytes, folded):
+    exported = torch.export.export(Scaled(), (torch.randn(3, 64),))
+    result = fold_constants(exported.graph_module, weights(exported), small_bytes=small_bytes)
+    assert isinstance(result, PassResult)
+    assert result.modified is folded
+    assert [node.op for node in result.gm.graph.nodes].count("get_attr") == folded
+
+
+@pytest.mark.parametrize("rewrite", [remove_no_ops, lower_ops])
+def test_a_graph_with_nothing_to_do_stays(rewrite):
+    exported = torch.export.export(Scaled(), (torch.randn(3, 64),))
+    before = str(exported.graph)
+    result = rewrite(exported.graph_module)
+    assert not result.modified
+    assert str(result.gm.graph) == before
+
+
+def test_capture_refuses_what_would_export_something_else():
+    with pytest.raises(ValueError, match="eval mode"):
+        capture(build(CONFIG).train())
+    with pytest.raises(ValueError, match=r"float32 on the CPU.*embedding\.weight is bfloat16"):
+        capture(build(CONFIG).bfloat16())
+
+
+def test_cache_order_is_that_of_the_names():
+    model = build(CONFIG)
+    program = capture(model)
+    cache = model.empty_cache(1)
+    assert len(program.input_names) == 3 + len(flatten_cache(cache))
+    assert program.input_names[3:6] == ("past_key_values.0.key", "past_key_values.0.value", "past_key_values.1.key")
+    assert program.output_names[-2:] == ("present.1.value", "present_conv.0")

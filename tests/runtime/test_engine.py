@@ -1,0 +1,133 @@
+"""Four engines, one answer."""
+
+import pytest
+import torch
+from exported import CONFIG, build, export_once, once
+
+from ultramem.runtime.engine import ENGINES, AotEngine, CompiledEngine, EagerEngine, OnnxEngine, open_engine
+
+STEPS = 32
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def compiled(model, tmp_path_factory):
+    """Warm for one sequence and for several."""
+    torch._dynamo.reset()
+    engine = CompiledEngine(model)
+    with once(tmp_path_factory, "compile"):  # another worker then finds the native code in the compiler's cache
+        for batch in (1, 3):
+            _, cache = engine.prefill(torch.ones(batch, 5, dtype=torch.int64))
+            engine.decode(torch.ones(batch, 1, dtype=torch.int64), cache)
+    return engine
+
+
+@pytest.fixture(params=["eager", "compile", "onnx", "aoti"])
+def engine(request, model, tmp_path_factory):
+    if request.param == "eager":
+        return EagerEngine(model)
+    if request.param == "compile":
+        return request.getfixturevalue("compiled")
+    return open_engine(request.param, None, export_once(tmp_path_factory, request.param))
+
+
+def greedy(engine, tokens, mask=None):
+    """STEPS tokens [B,STEPS], and the logits of every position [B,S+STEPS-1,V]."""
+    logits, cache = engine.prefill(tokens, mask)
+    new, pieces = [logits[:, -1:].argmax(-1)], [logits]
+    for _ in range(STEPS - 1):
+        logits, cache = engine.decode(new[-1], cache)
+        new.append(logits.argmax(-1))
+        pieces.append(logits)
+    return torch.cat(new, 1), torch.cat(pieces, 1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("length", [1, 7, 33])
+def test_greedy_tokens_and_logits_are_those_of_the_full_forward(engine, model, batch, length):
+    prompt = torch.randint(64, (batch, length))
+    with torch.no_grad():
+        tokens = prompt
+        for _ in range(STEPS):
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
+        expected = model(tokens[:, :-1]).logits
+        exact = build(CONFIG).double()(tokens[:, :-1]).logits
+    new, logits = greedy(engine, prompt)
+    assert new.equal(tokens[:, length:])
+    assert (logits - expected).abs().max() <= 4 * (expected - exact).abs().max()
+
+
+def test_padded_prompts_decode_as_if_alone(engine, model):
+    prompt = torch.randint(64, (3, 9))
+    mask = torch.ones_like(prompt)
+    mask[0, :4] = 0
+    mask[2, :8] = 0
+    new, _ = greedy(engine, prompt, mask)
+    for row, padding in ((0, 4), (1, 0), (2, 8)):
+        alone, _ = greedy(EagerEngine(model), prompt[row : row + 1, padding:])
+        assert new[row : row + 1].equal(alone)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_decode_takes_a_mask_over_all_tokens(engine, length):
+    prompt = torch.randint(64, (1, length))
+    _, cache = engine.prefill(prompt)
+    token = torch.tensor([[3]])
+    whole, _ = engine.decode(token, cache, torch.ones(1, length + 1, dtype=torch.int64))
+    default, _ = engine.decode(token, cache)  # the cache of the first call is still good
+    assert whole.equal(default)
+
+
+def test_no_recompile_over_lengths_after_the_warm_up(compiled):
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        # 4096 tokens are where Inductor's CPU code splits its loops.
+        for batch, length in ((3, 1), (1, 1), (1, 2), (1, 60), (2, 6), (5, 61), (1, 4100), (3, 1500)):
+            _, cache = compiled.prefill(torch.ones(batch, length, dtype=torch.int64))
+            for _ in range(3):
+                _, cache = compiled.decode(torch.ones(batch, 1, dtype=torch.int64), cache)
+
+
+def test_engines_of_one_process_do_not_use_up_each_others_graphs(model):
+    """The compiler limits graphs per code object."""
+    engines = [CompiledEngine(model) for _ in range(3)]
+    assert len({engine._decode_graph.__wrapped__.__code__ for engine in engines}) == 1  # equal
+    assert len({id(engine._decode_graph.__wrapped__.__code__) for engine in engines}) == 3  # but not the same
+
+
+def test_arguments_are_checked(model):
+    engine = EagerEngine(model)
+    with pytest.raises(ValueError, match=r"must have shape \[B,S\] with at least one token, got \(1, 0\)"):
+        engine.prefill(torch.empty(1, 0, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"must be an int64 tensor, got torch\.int32"):
+        engine.prefill(torch.ones(1, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(1, 2\), got \(1, 3\)"):
+        engine.prefill(torch.ones(1, 2, dtype=torch.int64), torch.ones(1, 3))
+    _, cache = engine.prefill(torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"must have shape \(2, 1\), a token per sequence, got \(1, 1\)"):
+        engine.decode(torch.ones(1, 1, dtype=torch.int64), cache)
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(2, 3\), got \(2, 2\)"):
+        engine.decode(torch.ones(2, 1, dtype=torch.int64), cache, torch.ones(2, 2))
+
+
+def test_open_engine(model, tmp_path, tmp_path_factory):
+    assert open_engine("eager", model, None).name == "eager"
+    assert open_engine("compile", model, None).name == "compile"
+    assert isinstance(open_engine("onnx", None, export_once(tmp_path_factory, "onnx")), OnnxEngine)
+    with pytest.raises(ValueError, match="engine must be one of eager, compile, onnx, aoti, got 'tensorrt'"):
+        open_engine("tensorrt", model, None)
+    for name in ENGINES[:2]:
+        with pytest.raises(ValueError, match="runs a model, got None"):
+            open_engine(name, None, tmp_path)
+    for name in ENGINES[2:]:
+        with pytest.raises(ValueError, match="runs an export: give its folder"):
+            open_engine(name, model, None)
+    with pytest.raises(FileNotFoundError, match="is not an export folder"):
+        open_engine("aoti", None, tmp_path)
+    with pytest.raises(ValueError, match="is an export for onnx, not for aoti"):
+        AotEngine(export_once(tmp_path_factory, "onnx"))
+    with pytest.raises(ValueError, match="eval mode"):
+        EagerEngine(build(CONFIG).train())
