@@ -211,4 +211,6 @@ def empty_state(config: ModelConfig, batch: int, dtype: torch.dtype = torch.floa
 def flat_inputs(input_ids_BS: Tensor, attention_mask_BP: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """All inputs of a program in order; positions count the tokens of the mask, as the model does."""
     position_ids_BP = (attention_mask_BP.cumsum(1) - 1).clamp_min(0)
-    return input_ids_BS, attention_mask_BP, position_ids_BP[:, -input_ids_BS.shape[1] :].contiguous(), *state
+    # A copy, for strides that do not tell the length of the cache: contiguous() keeps those of a single row.
+    position_ids_BS = position_ids_BP[:, -input_ids_BS.shape[1] :].clone(memory_format=torch.contiguous_format)
+    return input_ids_BS, attention_mask_BP, position_ids_BS, *state

@@ -15,7 +15,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def compiled(model, tmp_path_factory):
+def warm(model, tmp_path_factory):
     """Warm for one sequence and for several."""
     torch._dynamo.reset()
     engine = CompiledEngine(model)
@@ -24,6 +24,13 @@ def compiled(model, tmp_path_factory):
             _, cache = engine.prefill(torch.ones(batch, 5, dtype=torch.int64))
             engine.decode(torch.ones(batch, 1, dtype=torch.int64), cache)
     return engine
+
+
+@pytest.fixture
+def compiled(warm):
+    """In every test, each further graph is an error."""
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield warm
 
 
 @pytest.fixture(params=["eager", "compile", "onnx", "aoti"])
@@ -83,12 +90,11 @@ def test_decode_takes_a_mask_over_all_tokens(engine, length):
 
 
 def test_no_recompile_over_lengths_after_the_warm_up(compiled):
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        # 4096 tokens are where Inductor's CPU code splits its loops.
-        for batch, length in ((3, 1), (1, 1), (1, 2), (1, 60), (2, 6), (5, 61), (1, 4100), (3, 1500)):
-            _, cache = compiled.prefill(torch.ones(batch, length, dtype=torch.int64))
-            for _ in range(3):
-                _, cache = compiled.decode(torch.ones(batch, 1, dtype=torch.int64), cache)
+    # 4096 tokens are where Inductor's CPU code splits its loops.
+    for batch, length in ((3, 1), (1, 1), (1, 2), (1, 60), (2, 6), (5, 61), (1, 4100), (3, 1500)):
+        _, cache = compiled.prefill(torch.ones(batch, length, dtype=torch.int64))
+        for _ in range(3):
+            _, cache = compiled.decode(torch.ones(batch, 1, dtype=torch.int64), cache)
 
 
 def test_engines_of_one_process_do_not_use_up_each_others_graphs(model):
