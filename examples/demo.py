@@ -32,7 +32,7 @@ ABOUT = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)")
-    parser.add_argument("--steps", type=int, default=400, help="training steps of each model (default: 400)")
+    parser.add_argument("--steps", type=int, default=350, help="training steps of each model (default: 350)")
     args = parser.parse_args()
     began = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
