@@ -172,19 +172,19 @@ class _Trainer:
             sequence_length=config.sequence_length,
         )
         torch.manual_seed(step_seed(config.seed, step))  # dropout
-        total, cross_entropy, aux = self.loss(batch.inputs_BS.to(self.device), batch.targets_BS.to(self.device))
+        total, parts = self.loss(batch.inputs_BS.to(self.device), batch.targets_BS.to(self.device))
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = cross_entropy.item()
+        loss, aux_loss = parts.tolist()
         if not math.isfinite(loss):
             raise ValueError(f"the loss at step {step} is {loss}; lower lr ({config.lr}) or value_lr_ratio")
         tokens = config.batch_size * config.sequence_length
         return {
             "step": step,
             "loss": loss,
-            "aux_loss": aux.item(),
+            "aux_loss": aux_loss,
             "grad_norm": norm.item(),
             "lr": lr,
             "value_lr": lr * ratio,
@@ -205,19 +205,22 @@ class _Trainer:
             self.progress.message(text)
 
 
-TrainLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+TrainLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def make_train_loss(model: Transformer, config: TrainConfig) -> TrainLoss:
-    """(inputs, targets) -> (loss to differentiate, cross-entropy, aux loss); compiled as one graph if so configured."""
+    """(inputs, targets) -> (loss to differentiate, its parts [cross-entropy, aux loss]); one graph, if compiled."""
     device_type = model.embedding.weight.device.type
     autocast = _autocast_dtype(config, device_type)
 
-    def loss(inputs_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(inputs_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(device_type, dtype=autocast, enabled=autocast is not None):
             output = model(inputs_BS)
         cross_entropy = F.cross_entropy(output.logits.float().flatten(0, 1), targets_BS.flatten())
-        return cross_entropy + output.aux_loss, cross_entropy.detach(), output.aux_loss.detach()
+        # The parts as a copy: where a dense model's aux loss is a constant 0, the compiler (torch 2.13) takes the sum for
+        # an alias of a detached output, and returns it without a gradient.
+        parts = torch.stack([cross_entropy.detach(), output.aux_loss.detach()])
+        return cross_entropy + output.aux_loss, parts
 
     return torch.compile(loss, fullgraph=True) if config.compile else loss
 
