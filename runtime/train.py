@@ -217,8 +217,8 @@ def make_train_loss(model: Transformer, config: TrainConfig) -> TrainLoss:
         with torch.autocast(device_type, dtype=autocast, enabled=autocast is not None):
             output = model(inputs_BS)
         cross_entropy = F.cross_entropy(output.logits.float().flatten(0, 1), targets_BS.flatten())
-        # The parts as a copy: where a dense model's aux loss is a constant 0, the compiler (torch 2.13) takes the sum for
-        # an alias of a detached output, and returns it without a gradient.
+        # The parts as a copy: where a dense model's aux loss is a constant 0, the compiler (torch 2.13) takes the sum
+        # for an alias of a detached output, and returns it without a gradient.
         parts = torch.stack([cross_entropy.detach(), output.aux_loss.detach()])
         return cross_entropy + output.aux_loss, parts
 
