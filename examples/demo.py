@@ -34,7 +34,7 @@ ABOUT = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)")
-    parser.add_argument("--steps", type=int, default=300, help="training steps of each model (default: 300)")
+    parser.add_argument("--steps", type=int, default=550, help="training steps of each model (default: 550)")
     args = parser.parse_args()
     began = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -43,8 +43,8 @@ def main() -> int:
         run = args.out / model
         results[model] = ultramem(
             *("train", "--preset", model, "--data", "austen", "--out", run, "--resume"),
-            *("--steps", args.steps, "--batch-size", 8, "--lr", "2e-3"),
-            *("--eval-every", 100, "--eval-tokens", 16384),
+            *("--steps", args.steps, "--batch-size", 4, "--lr", "2e-3"),
+            *("--eval-every", 200, "--eval-tokens", 16384),
         )
     memory_run = args.out / MODELS[0]
     sample = ultramem("generate", memory_run, "--prompt", PROMPT, "--max-new-tokens", 200, "--temperature", 0.8)
