@@ -89,7 +89,7 @@ def demo_run(model: str, folder: Path, result: dict[str, Any], sample: dict[str,
             "held-out": result["held_out"]["bits_per_byte"],
             "out of domain": result["out_of_domain"]["bits_per_byte"],
         },
-        metrics=RunFolder(folder).read_metrics(),
+        metrics=[row for row in RunFolder(folder).read_metrics() if row.get("split") != "out_of_domain"],
         prompt=sample["prompt"] if sample else "",
         sample=sample["text"] if sample else "",
     )
