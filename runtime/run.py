@@ -82,8 +82,12 @@ class RunFolder:
         return rows
 
     def keep_metrics_until(self, step: int) -> list[dict[str, Any]]:
-        """Drop what came after `step` (it will be done again) and return the rest."""
-        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        """Drop what came after `step`, and final evaluations: they will be done again. Returns the rest."""
+        rows = [
+            row
+            for row in self.read_metrics()
+            if row["step"] <= step and row.get("split") not in ("held_out", "out_of_domain")
+        ]
         write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
         return rows
 

@@ -77,9 +77,11 @@ def test_resuming_gives_the_same_bits(small_model, small_train, text, tmp_path, 
 def test_resuming_a_finished_run_changes_nothing(small_model, small_train, text, tmp_path):
     first = train(small_model, small_train, load_corpus(text), tmp_path / "run")
     weights = (tmp_path / "run/model.safetensors").read_bytes()
+    rows = [{**row, "seconds": 0} for row in RunFolder(tmp_path / "run").read_metrics()]
     again = train(small_model, small_train, load_corpus(text), tmp_path / "run", resume=True)
     assert again.held_out == first.held_out
     assert (tmp_path / "run/model.safetensors").read_bytes() == weights
+    assert [{**row, "seconds": 0} for row in RunFolder(tmp_path / "run").read_metrics()] == rows
 
 
 def test_an_existing_folder_is_not_touched(small_model, small_train, text, tmp_path):
