@@ -36,7 +36,7 @@ def demo_table(summary: dict[str, Any]) -> str:
         "",
         f"One run, seed {row['seed']}, on {machine['device']} with {machine['threads']} threads. Decode is the median "
         "of one step at batch 1; training includes compiling. Made with `examples/demo.py --engines "
-        f"{','.join(summary['engines'])}`; `make demo` leaves `compile` out to be quicker. {summary.get('note', '')}".rstrip(),
+        f"{','.join(summary['engines'])}`; `make demo` leaves `compile` out to be quicker. " + summary.get("note", ""),
     ]
     return "\n".join(lines) + "\n"
 
