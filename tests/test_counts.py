@@ -34,7 +34,7 @@ def test_arithmetic_equals_the_built_model(name):
         model = ultramem.build_model(config)
     counts = ultramem.count(config)
     assert counts.total_with_embeddings == sum(parameter.numel() for parameter in model.parameters())
-    assert counts.sparse == sum(memory.lookup.values_NV.numel() for memory in model.memories)
+    assert counts.sparse == sum(memory.table.values_NV.numel() for memory in model.memories)
     assert counts.total == counts.dense + counts.sparse
 
 

@@ -69,7 +69,7 @@ def _by_the_equations(layer: UltraMemLayer, config: MemoryConfig, x: torch.Tenso
     n, m, physical = config.grid_side, config.top_m, config.num_values
     virtual_table = torch.stack(
         [
-            state["lookup.values_NV"] @ state["expand.weight"][:, p * config.value_dim : (p + 1) * config.value_dim].T
+            state["table.values_NV"] @ state["expand.weight"][:, p * config.value_dim : (p + 1) * config.value_dim].T
             for p in range(config.expansion)
         ]
     )  # [E,N,d]: only for one core; more cores weight columns before the projection, below
@@ -116,7 +116,7 @@ def _by_the_equations(layer: UltraMemLayer, config: MemoryConfig, x: torch.Tenso
                     continue
                 columns = score.repeat_interleave(config.value_dim // config.num_cores)
                 weight = state["expand.weight"][:, block * config.value_dim : (block + 1) * config.value_dim]
-                output[token] += weight @ (columns * state["lookup.values_NV"][row])
+                output[token] += weight @ (columns * state["table.values_NV"][row])
     return output
 
 
@@ -142,7 +142,7 @@ def test_paper_init_follows_the_closed_rule(memory_config):
     assert torch.allclose(layer.query.norm.weight, torch.tensor(top**-0.5))
     assert torch.allclose(layer.score.norm.weight, torch.tensor(config.key_dim**-0.5))
     variance = config.expansion / (2 * config.top_m * config.num_heads * config.num_layers)
-    assert layer.lookup.values_NV.var().item() == pytest.approx(variance, rel=0.05)
+    assert layer.table.values_NV.var().item() == pytest.approx(variance, rel=0.05)
 
 
 def test_init_is_a_function_of_the_global_seed(memory_config):
@@ -199,3 +199,19 @@ def test_meta_device_draws_nothing(memory_config):
 def test_bad_fields_are_named(memory_config, field, value, rule):
     with pytest.raises(ValueError, match=rf"{field}.*{rule}.*{value}|{field}.*{rule}"):
         replace(memory_config, **{field: value})
+
+
+def test_row_use_is_counted_in_training_alone(memory_config):
+    torch.manual_seed(0)
+    layer = UltraMemLayer(memory_config)
+    hidden = torch.randn(2, 7, 32)
+    layer(hidden)
+    assert layer.table.row_use_N is None
+    layer.table.count_row_use()
+    layer.eval()(hidden)
+    assert layer.table.row_use_N.sum() == 0
+    compiled = torch.compile(layer.train(), fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        compiled(hidden).sum().backward()
+    assert layer.table.row_use_N.sum() == 2 * 14 * memory_config.num_slots
+    assert "table.row_use_N" not in layer.state_dict()

@@ -22,7 +22,7 @@ _SEED = 20250
 @torch.no_grad()
 def init_memory_layer(layer: UltraMemLayer) -> None:
     """Draw the weights of `layer`; scales follow `config.init`. Does nothing on the meta device."""
-    config, values = layer.config, layer.lookup.values_NV
+    config, values = layer.config, layer.table.values_NV
     if values.is_meta:
         return
     init_linear(layer.query.proj)

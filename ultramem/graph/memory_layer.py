@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ultramem import ops
 from ultramem.config import MemoryConfig
 from ultramem.graph.singular import leading_singular_pair, singular_values
+from ultramem.graph.value_table import ValueTable
 
 
 class Query(nn.Module):
@@ -93,13 +94,12 @@ class Select(nn.Module):
 
 
 class Lookup(nn.Module):
-    """The value table: logical addresses are shuffled to virtual ones, whose rows are pooled per block (eq 14-17)."""
+    """Logical addresses are shuffled to virtual ones, whose rows in the value table are pooled per block (eq 14-17)."""
 
     address_table: Tensor
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        self.values_NV = nn.Parameter(torch.empty(config.num_values, config.value_dim))
         self.num_blocks = config.expansion
         self.num_addresses = config.expansion * config.num_values
         self.permutation = config.permutation
@@ -107,21 +107,21 @@ class Lookup(nn.Module):
         if config.permutation == "stored":
             self.register_buffer("address_table", torch.empty(self.num_addresses, dtype=torch.int64))
 
-    def forward(self, scores_THMC: Tensor, addresses_THM: Tensor) -> Tensor:
+    def forward(self, scores_THMC: Tensor, addresses_THM: Tensor, table: ValueTable) -> Tensor:
         """Pooled rows [T,E,V]."""
         indices_TK = addresses_THM.flatten(1)
         if self.permutation == "computed":
             indices_TK = ops.permute_addresses(indices_TK, self.num_addresses, self.seed)
         elif self.permutation == "stored":
             indices_TK = self.address_table[indices_TK]
-        scores_TKC = scores_THMC.flatten(1, 2).to(self.values_NV.dtype)
-        return ops.lookup_reduce(self.values_NV, indices_TK, scores_TKC, num_blocks=self.num_blocks)
+        pooled_TEV: Tensor = table(indices_TK, scores_THMC.flatten(1, 2), self.num_blocks)
+        return pooled_TEV
 
 
 class UltraMemLayer(nn.Module):
     """One memory layer, [B,S,D] -> [B,S,D], for anybody's model; initialised and trainable as it stands.
 
-    Add `aux_loss()` to the training loss, and give `lookup.values_NV` its own learning rate (`ultramem.param_groups`
+    Add `aux_loss()` to the training loss, and give `table.values_NV` its own learning rate (`ultramem.param_groups`
     does). For cached decoding, pass the state that `next_conv` returned and keep the new one.
     """
 
@@ -132,6 +132,7 @@ class UltraMemLayer(nn.Module):
         self.score = Score(config)
         self.select = Select(config)
         self.lookup = Lookup(config)
+        self.table = ValueTable(config.num_values, config.value_dim)
         self.expand = nn.Linear(config.expansion * config.value_dim, config.hidden_size, bias=False)
         self.reset_parameters()
 
@@ -145,7 +146,7 @@ class UltraMemLayer(nn.Module):
         query = self.query(hidden_BSD, past_conv_BDW)
         row_scores, col_scores = self.score(query)
         scores, addresses = self.select(row_scores, col_scores)
-        pooled_TEV = self.lookup(scores, addresses)
+        pooled_TEV = self.lookup(scores, addresses, self.table)
         output_BSD: Tensor = self.expand(pooled_TEV.flatten(1)).view(hidden_BSD.shape)
         return output_BSD
 
@@ -162,7 +163,7 @@ class UltraMemLayer(nn.Module):
         """
         cores = self.select.cores_HCRR
         if cores is None or self.config.aux_loss_weight == 0:
-            return self.lookup.values_NV.new_zeros(())
+            return self.table.values_NV.new_zeros(())
         trailing = singular_values(cores.sum(1))[:, 1:]
         excess = (trailing - self.config.aux_loss_margin).clamp_min(0).square()
         return self.config.aux_loss_weight / (self.config.rank - 1) * excess.sum()

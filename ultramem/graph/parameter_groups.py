@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ultramem.graph.memory_layer import Lookup, Query, Select
+from ultramem.graph.memory_layer import Query, Select
+from ultramem.graph.value_table import ValueTable
 
 
 def param_groups(
@@ -32,7 +33,7 @@ def param_groups(
             raise ValueError(f"{name} must be at least 0, got {number}")
     values, small = set(), set()
     for module in model.modules():
-        if isinstance(module, Lookup):
+        if isinstance(module, ValueTable):
             values.add(id(module.values_NV))
         elif isinstance(module, Query):
             small.add(id(module.conv_DW))

@@ -1,0 +1,43 @@
+"""The table of a memory layer: the one tensor whose size has nothing to do with what a token costs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ultramem import ops
+
+
+class ValueTable(nn.Module):
+    """`rows` value rows of `value_dim`, read by one memory layer or shared by several.
+
+    Attributes:
+        values_NV: the rows.
+        sparse_grad: gradients of the table are sparse COO tensors of the touched rows instead of dense [N,V] ones.
+            Optimisers that work on touched rows set it.
+        row_use_N: how often each row was read in training since it was last set to zero, int64; None unless
+            `count_row_use` was called. Not part of the state dict.
+    """
+
+    row_use_N: Tensor | None
+
+    def __init__(self, rows: int, value_dim: int) -> None:
+        super().__init__()
+        self.values_NV = nn.Parameter(torch.empty(rows, value_dim))
+        self.sparse_grad = False
+        self.register_buffer("row_use_N", None, persistent=False)
+
+    def count_row_use(self) -> None:
+        """Count from now on how often each row is read in training mode."""
+        values = self.values_NV
+        self.row_use_N = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
+
+    def forward(self, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int) -> Tensor:
+        """Pooled rows [T,E,V] of virtual indices (see `ultramem.ops.lookup_reduce`)."""
+        values_NV = self.values_NV
+        if self.row_use_N is not None and self.training:
+            rows = (indices_TK % values_NV.shape[0]).flatten()
+            self.row_use_N.index_add_(0, rows, torch.ones_like(rows))
+        return ops.lookup_reduce(
+            values_NV, indices_TK, scores_TKC.to(values_NV.dtype), num_blocks=num_blocks, sparse_grad=self.sparse_grad
+        )
