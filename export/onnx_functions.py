@@ -21,6 +21,19 @@ DOMAIN = "ultramem"
 VERSION = 1
 OPSET = 20
 
+_LOOKUP_DOT = """
+LookupDot (rows, indices, query) => (dots)
+{
+  n = Shape <start: int = 0, end: int = 1> (rows)
+  row_TK = Mod (indices, n)
+  rows_TKD = Gather <axis: int = 0> (rows, row_TK)
+  last = Constant <value_ints = [-1]> ()
+  query_TD1 = Unsqueeze (query, last)
+  dots_TK1 = MatMul (rows_TKD, query_TD1)
+  dots = Squeeze (dots_TK1, last)
+}
+"""
+
 _LOOKUP_REDUCE = """
 LookupReduce <num_blocks> (values, indices, scores) => (pooled)
 {
@@ -258,6 +271,7 @@ def function_protos(candidates: Candidates = "one_tailed", *, opset: int = OPSET
 
     assert candidates in CANDIDATES, candidates
     texts = {
+        "LookupDot": _LOOKUP_DOT,
         "LookupReduce": _LOOKUP_REDUCE,
         "PermuteAddresses": _permute_addresses_text(),
         "ProductTopK": _PRODUCT_TOPK,
@@ -290,6 +304,7 @@ def schemas() -> Iterator[None]:
 
 _INT64 = "tensor(int64)"
 _SIGNATURES: tuple[tuple[str, dict[str, str], dict[str, str], dict[str, str]], ...] = (
+    ("LookupDot", {"rows": "T", "indices": _INT64, "query": "T"}, {"dots": "T"}, {}),
     ("LookupReduce", {"values": "T", "indices": _INT64, "scores": "T"}, {"pooled": "T"}, {"num_blocks": "INT"}),
     (
         "PermuteAddresses",
@@ -330,6 +345,9 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     nodes = Opset(DOMAIN, VERSION)
 
+    def lookup_dot(rows: Any, indices: Any, query: Any, sparse_grad: bool) -> Any:
+        return nodes.LookupDot(rows, indices, query)
+
     def lookup_reduce(values: Any, indices: Any, scores: Any, num_blocks: int, sparse_grad: bool) -> Any:
         return nodes.LookupReduce(values, indices, scores, num_blocks=num_blocks)
 
@@ -346,6 +364,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     ops = torch.ops.ultramem
     return {
+        ops.lookup_dot.default: lookup_dot,
         ops.lookup_reduce.default: lookup_reduce,
         ops.permute_addresses.default: permute_addresses,
         ops.product_topk.default: product_topk,

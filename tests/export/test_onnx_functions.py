@@ -7,7 +7,10 @@ import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
+from ultramem import ops
 from ultramem.export import onnx_functions
+from ultramem.export.extras import quiet_exporters
+from ultramem.export.onnx_stages import _INLINED, _STAGE_OF_OP
 from ultramem.ops import reference
 
 DTYPES = {torch.float32: TensorProto.FLOAT, torch.float64: TensorProto.DOUBLE, torch.int64: TensorProto.INT64}
@@ -43,6 +46,40 @@ def evaluate(op, inputs, outputs, candidates="one_tailed", **attributes):
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     results = session.run(None, feeds), ReferenceEvaluator(model).run(None, feeds)
     return [tuple(torch.from_numpy(each) for each in result) for result in results]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lookup_dot(dtype):
+    for tokens in (1, 5):
+        rows, query = torch.randn(25, 12, dtype=dtype), torch.randn(tokens, 12, dtype=dtype)
+        indices = torch.randint(25 * 4, (tokens, 6))  # of a virtual table of four blocks
+        expected = reference.lookup_dot(rows, indices, query)
+        inputs = {"rows": rows, "indices": indices, "query": query}
+        for (dots,) in evaluate("LookupDot", inputs, {"dots": (dtype, 2)}):
+            torch.testing.assert_close(dots, expected)
+
+
+def test_every_op_has_a_translation_and_a_body():
+    with onnx_functions.schemas():
+        translated = set(onnx_functions.translations())
+    forwards = {each for each in ops.__all__ if hasattr(torch.ops.ultramem, each)}
+    assert translated == {getattr(torch.ops.ultramem, name).default for name in forwards}
+    assert {name.replace("_", "") for name in forwards} == {name.lower() for name in onnx_functions.function_protos()}
+    assert set(_STAGE_OF_OP) == set(onnx_functions.function_protos())
+    assert all(_INLINED.match(f"_inlfunc_{name}_Mod") for name in _STAGE_OF_OP)
+
+
+def test_torch_onnx_translates_lookup_dot():
+    class Dots(torch.nn.Module):
+        def forward(self, rows, indices, query):
+            return ops.lookup_dot(rows, indices, query)
+
+    inputs = torch.randn(9, 8), torch.randint(9, (4, 3)), torch.randn(4, 8)
+    with quiet_exporters(), onnx_functions.schemas():
+        table = onnx_functions.translations()
+        exported = torch.onnx.export(Dots().eval(), inputs, dynamo=True, verbose=False, custom_translation_table=table)
+    (node,) = exported.model.graph
+    assert (node.domain, node.op_type, len(node.inputs)) == ("ultramem", "LookupDot", 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from exported import CONFIG, MEMORY, build
 
+from ultramem import ops
 from ultramem.export.program import apply_pass, capture, example_inputs, flatten_cache, simplify, weights
 from ultramem.graph.passes import PassResult, fold_constants, lower_ops, remove_no_ops
 
@@ -92,6 +93,26 @@ def test_folding_keeps_what_would_grow(small_bytes, folded):
     assert isinstance(result, PassResult)
     assert result.modified is folded
     assert [node.op for node in result.gm.graph.nodes].count("get_attr") == folded
+
+
+class Experts(torch.nn.Module):
+    """One-neuron experts, as PEER has them."""
+
+    def forward(self, down, up, indices, x):
+        return ops.lookup_reduce(up, indices, ops.lookup_dot(down, indices, x).relu().unsqueeze(-1))
+
+
+def test_one_neuron_experts_are_inlined_for_any_token_count():
+    def draw(tokens):
+        return torch.randn(9, 8), torch.randn(9, 8), torch.randint(9, (tokens, 3)), torch.randn(tokens, 8)
+
+    tokens = torch.export.Dim("tokens", min=1)
+    exported = torch.export.export(Experts(), draw(4), dynamic_shapes=(None, None, {0: tokens}, {0: tokens}))
+    assert "ultramem.lookup_dot" in str(exported.graph)
+    graph_module = lower_ops(exported.graph_module).gm
+    assert "ultramem" not in str(graph_module.graph)
+    inputs = draw(7)
+    torch.testing.assert_close(graph_module(*inputs)[0], Experts()(*inputs))
 
 
 @pytest.mark.parametrize("rewrite", [remove_no_ops, lower_ops])

@@ -49,6 +49,7 @@ with FakeTensorMode(), torch.no_grad(), ops.use_implementation(ops.Implementatio
     side, sides, pair = torch.empty(8, 2, 20), torch.empty(8, 2, 2, 20), torch.empty(2, 2)
     tucker = sides, sides, torch.empty(2, 2, 2, 2), pair, pair
     table, weights = torch.empty(9, 32), torch.empty(8, 6, 2)
+    trace("lookup_dot", ops.lookup_dot, table, index, torch.empty(8, 32))
     trace("lookup_reduce", lambda *x: ops.lookup_reduce(*x, num_blocks=4), table, index, weights)
     trace("permute_addresses", lambda x: ops.permute_addresses(x, 1000, 1), index)
     trace("product_topk", lambda *x: tuple(ops.product_topk(*x, 5)), side, side)
@@ -90,6 +91,7 @@ def test_compiled_graphs_copy_no_input_of_a_kernel() -> None:
     # torch.compile clones whatever it believes that a kernel writes; an input among them costs a launch and its bytes.
     select = [["positions"], ["addresses", "found", "scores"]]
     assert run_compiler("-c", TRACE) == {
+        "lookup_dot": [["grad_scores"]],
         "lookup_reduce": [["out"]],
         "permute_addresses": [["out"]],
         "product_topk": select,

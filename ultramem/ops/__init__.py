@@ -2,6 +2,7 @@
 
 from ultramem.ops import reference
 from ultramem.ops.implementation import Implementation, use_implementation
+from ultramem.ops.lookup_dot import lookup_dot
 from ultramem.ops.lookup_reduce import lookup_reduce
 from ultramem.ops.permute_addresses import address_table, permute_addresses
 from ultramem.ops.product_topk import TopK, product_topk
@@ -11,6 +12,7 @@ __all__ = [
     "Implementation",
     "TopK",
     "address_table",
+    "lookup_dot",
     "lookup_reduce",
     "permute_addresses",
     "product_topk",
