@@ -1,6 +1,7 @@
 """The stages of a memory layer that a compiler cannot derive, each as `torch.ops.ultramem.<op>`."""
 
 from ultramem.ops import reference
+from ultramem.ops.grouped_mm import grouped_mm
 from ultramem.ops.implementation import Implementation, use_implementation
 from ultramem.ops.lookup_dot import lookup_dot
 from ultramem.ops.lookup_reduce import lookup_reduce
@@ -12,6 +13,7 @@ __all__ = [
     "Implementation",
     "TopK",
     "address_table",
+    "grouped_mm",
     "lookup_dot",
     "lookup_reduce",
     "permute_addresses",
