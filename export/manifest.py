@@ -108,13 +108,12 @@ def _specs(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
 
 def tensor_specs(config: ModelConfig) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of an exported model, in order."""
-    width = config.memory.conv_width if config.memory else 1
-    conv = ("batch", config.hidden_size, width - 1)
+    conv = ("batch", config.hidden_size, config.conv_length)
 
     def state(key_name: str, conv_name: str, length: str) -> list[TensorSpec]:
         keys = ("batch", config.num_heads, length, config.head_dim)
         pairs = [f"{key_name}.{i}.{side}" for i in range(config.num_layers) for side in ("key", "value")]
-        convs = [f"{conv_name}.{j}" for j in range(len(config.parsed_insertions))]
+        convs = [f"{conv_name}.{j}" for j in range(config.num_convs)]
         return [TensorSpec(name=name, shape=keys, dtype="float32") for name in pairs] + [
             TensorSpec(name=name, shape=conv, dtype="float32") for name in convs
         ]

@@ -73,22 +73,22 @@ def unflatten_cache(state: tuple[Tensor, ...], num_layers: int) -> Cache:
     return Cache(pairs[0::2], pairs[1::2], state[2 * num_layers :])
 
 
-def input_names(num_layers: int, num_memories: int) -> tuple[str, ...]:
+def input_names(num_layers: int, num_convs: int) -> tuple[str, ...]:
     """The names that Optimum made common; `past_conv.{j}` for the query convolution of memory layer j."""
     return (
         "input_ids",
         "attention_mask",
         "position_ids",
         *(f"past_key_values.{i}.{side}" for i in range(num_layers) for side in ("key", "value")),
-        *(f"past_conv.{j}" for j in range(num_memories)),
+        *(f"past_conv.{j}" for j in range(num_convs)),
     )
 
 
-def output_names(num_layers: int, num_memories: int) -> tuple[str, ...]:
+def output_names(num_layers: int, num_convs: int) -> tuple[str, ...]:
     return (
         "logits",
         *(f"present.{i}.{side}" for i in range(num_layers) for side in ("key", "value")),
-        *(f"present_conv.{j}" for j in range(num_memories)),
+        *(f"present_conv.{j}" for j in range(num_convs)),
     )
 
 
@@ -107,14 +107,12 @@ def capture(model: Transformer) -> Program:
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
             )
     batch, seq, past = Dim("batch", min=1), Dim("seq", min=1), Dim("past", min=0)
-    layers, memories = model.config.num_layers, len(model.memories)
-    states = ({0: batch, 2: past},) * (2 * layers) + ({0: batch},) * memories
+    layers, convs = model.config.num_layers, model.config.num_convs
+    states = ({0: batch, 2: past},) * (2 * layers) + ({0: batch},) * convs
     shapes = ({0: batch, 1: seq}, {0: batch, 1: Dim.AUTO}, {0: batch, 1: seq}, states)
     with torch.no_grad():
         exported = torch.export.export(FlatModel(model), example_inputs(model), dynamic_shapes=shapes)
-    return Program(
-        exported=exported, input_names=input_names(layers, memories), output_names=output_names(layers, memories)
-    )
+    return Program(exported=exported, input_names=input_names(layers, convs), output_names=output_names(layers, convs))
 
 
 def example_inputs(model: Transformer, *, batch: int = 2, seq: int = 3, past: int = 5) -> tuple[Tensor, ...]:
@@ -203,9 +201,8 @@ def _with_signature(exported: ExportedProgram, gm: GraphModule) -> ExportedProgr
 def empty_state(config: ModelConfig, batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """The inputs after `position_ids` before the first token."""
     past = torch.zeros(batch, config.num_heads, 0, config.head_dim, dtype=dtype)
-    width = config.memory.conv_width if config.memory else 1
-    conv = torch.zeros(batch, config.hidden_size, width - 1, dtype=dtype)
-    return (past,) * (2 * config.num_layers) + (conv,) * len(config.parsed_insertions)
+    conv = torch.zeros(batch, config.hidden_size, config.conv_length, dtype=dtype)
+    return (past,) * (2 * config.num_layers) + (conv,) * config.num_convs
 
 
 def flat_inputs(input_ids_BS: Tensor, attention_mask_BP: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

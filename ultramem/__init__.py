@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ultramem.config import MemoryConfig, ModelConfig, TrainConfig
+from ultramem.config import MemoryConfig, ModelConfig, MoEConfig, TrainConfig
 from ultramem.counts import Counts, count
-from ultramem.presets import preset, presets
+from ultramem.presets import preset, preset_training, presets
 
 if TYPE_CHECKING:
     from ultramem import ops
@@ -38,6 +38,7 @@ __all__ = [
     "Cache",
     "Counts",
     "MemoryConfig",
+    "MoEConfig",
     "ModelConfig",
     "ModelOutput",
     "TrainConfig",
@@ -49,6 +50,7 @@ __all__ = [
     "ops",
     "param_groups",
     "preset",
+    "preset_training",
     "presets",
 ]
 

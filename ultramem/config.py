@@ -23,7 +23,7 @@ class Insertion(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryConfig:
-    """One UltraMem layer. The symbols of the paper stand in brackets.
+    """One memory layer: UltraMem's by default, its relatives' by switches. The paper's symbols stand in brackets.
 
     Raises:
         ValueError: a field is out of range; the message names the field, the value and what is accepted.
@@ -58,12 +58,35 @@ class MemoryConfig:
     permutation_seed: int = 0
     conv_width: int = 4
     """Width of the causal depthwise convolution before the query projection; 1 turns it off."""
+    candidate_ratio: float = 1.0
+    """[m'/m] Tucker selection rescores the candidates for ceil(ratio * m) slots and keeps the best m of them."""
     shared_query: bool = True
     """One query for all heads; False gives each head its own."""
-    qk_norm: bool = True
-    """LayerNorm on queries and keys."""
-    init: Literal["calibrated", "paper"] = "calibrated"
-    """"calibrated": scales are measured on the layer's own keys and cores. "paper": the closed rule of Appendix A."""
+    qk_norm: Literal["layer", "rms", "none"] = "layer"
+    """Norm of queries and keys; the released code has RMSNorm."""
+    score_function: Literal["none", "softmax"] = "none"
+    """What kept scores go through before they weight rows; softmax is over the m slots of a head."""
+    output: Literal["project", "gated", "none"] = "project"
+    """"project": one matrix per virtual block (eq 13). "gated": Memory+'s W2(pooled * silu(W1 x)). "none": the pooled
+    rows themselves, which must be as wide as the residual stream."""
+    project_bias: bool = False
+    """A bias per virtual block in the projection, weighted by the block's score sum (as Table 2's counts imply)."""
+    table: Literal["own", "shared", "windows"] = "own"
+    """"own": a table per layer. "shared": one of knum^2 rows for all layers (Memory+). "windows": one of
+    table_layers * knum^2 rows, of which layer l sees those from l * knum^2 on, cyclically (UltraMemV2)."""
+    table_layers: int = 1
+    """Memory layers that read one table of windows."""
+    window_share: float = 1.0
+    """Share of the rows of a table of windows that one layer sees."""
+    expert_dim: int = 0
+    """[Dp] width of a slot's input row, which makes it a one-neuron expert (PEER, UltraMemV2); 0 turns it off."""
+    expert_activation: Literal["gelu", "none"] = "gelu"
+    """What the product of input and input row goes through before it multiplies the slot's scores."""
+    expert_project: bool = False
+    """The input goes through a matrix to expert_dim before the product (UltraMemV2); else expert_dim is hidden_size."""
+    init: Literal["calibrated", "paper", "released", "memory_plus"] = "calibrated"
+    """"calibrated": scales are measured on the layer's own keys and cores. "paper": the closed rule of Appendix A.
+    "released": the authors' code, values of std 0.02. "memory_plus": uniform keys, values of std hidden_size^-0.5."""
     aux_loss_weight: float = 0.001
     """[alpha] weight of the loss on the cores' trailing singular values; 0 turns it off."""
     aux_loss_margin: float = 0.15
@@ -72,8 +95,9 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         _require_fields_at_least(
             self, 1, "hidden_size", "num_layers", "value_dim", "key_dim", "knum", "num_heads", "top_m", "rank",
-            "num_cores", "expansion", "conv_width",
+            "num_cores", "expansion", "conv_width", "table_layers", "candidate_ratio",
         )  # fmt: skip
+        _require_fields_at_least(self, 0, "permutation_seed", "expert_dim", "aux_loss_weight", "aux_loss_margin")
         _require_literals(self)
         if math.isqrt(self.expansion) ** 2 != self.expansion:
             raise ValueError(f"expansion must be a perfect square (1, 4, 9, 16), got {self.expansion}")
@@ -83,22 +107,60 @@ class MemoryConfig:
             raise ValueError(f"rank must divide key_dim ({self.key_dim}) with rank_layout 'split', got {self.rank}")
         if self.rank == 1 and self.num_cores != 1:
             raise ValueError(f"num_cores must be 1 with rank 1 (additive scores have no core), got {self.num_cores}")
-        if self.top_m > self.grid_side:
-            raise ValueError(f"top_m must be at most the {self.grid_side} keys of a side, got {self.top_m}")
+        if self.num_candidates > self.grid_side:
+            raise ValueError(f"top_m must be at most the {self.grid_side} keys of a side, got {self.num_candidates}")
         if self.grid_side > 65536:
             raise ValueError(f"sqrt(expansion) * knum must be at most 65536, got {self.grid_side}")
-        if self.permutation_seed < 0:
-            raise ValueError(f"permutation_seed must be at least 0, got {self.permutation_seed}")
+        if self.candidate_ratio != 1 and self.rank == 1:
+            raise ValueError(f"candidate_ratio must be 1 with rank 1, which is exact, got {self.candidate_ratio}")
+        if not 0 < self.window_share <= 1:
+            raise ValueError(f"window_share must be in (0, 1], got {self.window_share}")
+        if self.table != "windows" and (self.table_layers, self.window_share) != (1, 1.0):
+            raise ValueError(
+                f"table must be 'windows' with table_layers {self.table_layers} and window_share {self.window_share}, "
+                f"got {self.table!r}"
+            )
+        self._check_output()
+
+    def _check_output(self) -> None:
+        if self.output == "none" and (self.expansion != 1 or self.value_dim != self.hidden_size):
+            raise ValueError(
+                f"output must not be 'none' unless expansion is 1 and value_dim is hidden_size ({self.hidden_size}), "
+                f"got expansion {self.expansion} and value_dim {self.value_dim}"
+            )
+        if self.project_bias and self.output != "project":
+            raise ValueError(f"project_bias needs output 'project', got {self.output!r}")
+        if self.expert_project and not self.expert_dim:
+            raise ValueError("expert_project needs an expert_dim of at least 1, got 0")
+        if self.expert_dim and not self.expert_project and self.expert_dim != self.hidden_size:
+            raise ValueError(
+                f"expert_dim must be hidden_size ({self.hidden_size}) without expert_project, got {self.expert_dim}"
+            )
 
     @property
     def grid_side(self) -> int:
         """[n] side of the logical grid, sqrt(E) * knum."""
-        return math.isqrt(self.expansion) * self.knum
+        return math.isqrt(self.expansion) * self.side
 
     @property
     def num_values(self) -> int:
-        """[N] physical value rows, knum^2."""
-        return self.knum**2
+        """[N] physical value rows that the layer sees: knum^2, or those of its window."""
+        return self.side**2
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the table that the layer reads."""
+        return self.table_layers * self.knum**2
+
+    @property
+    def side(self) -> int:
+        """Side of the physical rows that the layer sees: knum, or that of its window."""
+        return math.isqrt(int(self.table_rows * self.window_share)) if self.table == "windows" else self.knum
+
+    @property
+    def num_candidates(self) -> int:
+        """[m'] slots per head that Tucker selection finds candidates for."""
+        return math.ceil(self.candidate_ratio * self.top_m)
 
     @property
     def num_slots(self) -> int:
@@ -112,8 +174,30 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MoEConfig:
+    """A mixture of experts in the place of every MLP; each expert is as wide as the model's `inner_size`.
+
+    Raises:
+        ValueError: a field is out of range; the message names the field, the value and what is accepted.
+    """
+
+    num_experts: int
+    experts_per_token: int = 2
+    balance_loss_weight: float = 0.01
+    """Weight of the load-balancing loss (Switch Transformer, eq 4-6); 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        _require_fields_at_least(self, 1, "num_experts", "experts_per_token")
+        _require_fields_at_least(self, 0, "balance_loss_weight")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token must be at most num_experts ({self.num_experts}), got {self.experts_per_token}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A pre-norm decoder with rotary positions, with or without memory layers.
+    """A pre-norm decoder with rotary positions: dense, with a mixture of experts, or with memory layers.
 
     Raises:
         ValueError: a field is out of range; the message names the field, the value and what is accepted.
@@ -122,7 +206,7 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     inner_size: int
-    """Width inside the MLP."""
+    """Width inside the MLP, or inside each expert."""
     num_heads: int
     num_layers: int
     dropout: float = 0.1
@@ -130,9 +214,12 @@ class ModelConfig:
     rope_theta: float = 10000.0
     max_positions: int = 4096
     """Longest context that generation accepts."""
+    moe: MoEConfig | None = None
     memory: MemoryConfig | None = None
     insertions: str = ""
     """Where memory layers read and write, 1-based: "3:5/6:8" reads at layer 3, adds after layer 5, and so on."""
+    replace_mlp: bool = False
+    """A memory layer takes the place of the MLP of the layer that it reads at and writes after (Memory+, PEER)."""
 
     def __post_init__(self) -> None:
         _require_fields_at_least(
@@ -156,10 +243,34 @@ class ModelConfig:
                 raise ValueError(
                     f"memory.num_layers must be num_layers ({self.num_layers}), got {self.memory.num_layers}"
                 )
+            if self.memory.table == "windows" and self.memory.table_layers != len(insertions):
+                raise ValueError(
+                    f"memory.table_layers must be the {len(insertions)} layers of insertions, "
+                    f"got {self.memory.table_layers}"
+                )
+        if self.replace_mlp and not all(each.source == each.target for each in insertions):
+            raise ValueError(f"insertions must write where they read with replace_mlp, got {self.insertions!r}")
+        if self.replace_mlp and len({each.source for each in insertions}) < len(insertions):
+            raise ValueError(f"insertions must name each layer once with replace_mlp, got {self.insertions!r}")
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def num_convs(self) -> int:
+        """Memory layers that keep inputs for their convolution while decoding."""
+        return len(self.parsed_insertions) if self.conv_length else 0
+
+    @property
+    def conv_length(self) -> int:
+        """Inputs that a memory layer's convolution keeps."""
+        return self.memory.conv_width - 1 if self.memory is not None else 0
+
+    @property
+    def layers_without_mlp(self) -> frozenset[int]:
+        """1-based layers whose MLP a memory layer replaces."""
+        return frozenset(each.source for each in self.parsed_insertions) if self.replace_mlp else frozenset()
 
     @property
     def parsed_insertions(self) -> tuple[Insertion, ...]:

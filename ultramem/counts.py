@@ -15,9 +15,9 @@ class Counts(NamedTuple):
     dense: int
     """Parameters that every token uses."""
     sparse: int
-    """Parameters of the value tables."""
+    """Parameters of which a token uses few: value tables and experts."""
     active: int
-    """Parameters that one token uses: dense, and the rows that it reads."""
+    """Parameters that one token uses: dense, and the rows or experts that it is sent to."""
     flops_per_token: int
     """2 * active, the paper's convention."""
     embedding: int
@@ -27,31 +27,36 @@ class Counts(NamedTuple):
 
 
 class MemoryCounts(NamedTuple):
-    """Parameters of one memory layer, stage by stage."""
+    """Parameters of one memory layer, stage by stage, and of the table that it reads."""
 
     query: int
     score: int
     select: int
     lookup: int
     expand: int
+    table: int
 
     @property
     def dense(self) -> int:
-        return self.query + self.score + self.select + self.expand
+        return self.query + self.score + self.select + self.lookup + self.expand
 
 
 def count_memory(memory: MemoryConfig) -> MemoryCounts:
-    """Parameters of one memory layer."""
+    """Parameters of one memory layer and of its table."""
     d, h, r = memory.hidden_size, memory.num_heads, memory.rank
-    norm = memory.rank_key_dim if memory.qk_norm else 0
+    norm = memory.rank_key_dim if memory.qk_norm != "none" else 0
     queries = 1 if memory.shared_query else h
     conv = d * memory.conv_width if memory.conv_width > 1 else 0
+    pooled = memory.expansion * memory.value_dim
+    project = pooled * d + (memory.expansion * d if memory.project_bias else 0)
+    gated = d * pooled + pooled + pooled * d + d
     return MemoryCounts(
         query=conv + queries * d * 2 * memory.key_dim + norm,
         score=h * 2 * r * memory.grid_side * memory.rank_key_dim + norm,
         select=h * memory.num_cores * r * r if r > 1 else 0,
-        lookup=memory.num_values * memory.value_dim,
-        expand=memory.expansion * memory.value_dim * d,
+        lookup=d * memory.expert_dim if memory.expert_project else 0,
+        expand={"project": project, "gated": gated, "none": 0}[memory.output],
+        table=memory.table_rows * (memory.value_dim + memory.expert_dim),
     )
 
 
@@ -64,22 +69,28 @@ def count(config: ModelConfig) -> Counts:
     if not isinstance(config, ModelConfig):
         raise TypeError(f"config must be a ModelConfig (see ultramem.preset), got {type(config).__name__}")
     d = config.hidden_size
-    block = 4 * d * d + 2 * d * config.inner_size + 2 * d
-    dense = config.num_layers * block + d
-    sparse = rows = 0
+    mlp_layers = config.num_layers - len(config.layers_without_mlp)
+    mlp = 2 * d * config.inner_size
+    dense = config.num_layers * (4 * d * d + 2 * d) + d
+    sparse = active = 0
+    if config.moe is None:
+        dense += mlp_layers * mlp
+    else:
+        dense += mlp_layers * d * config.moe.num_experts
+        sparse += mlp_layers * config.moe.num_experts * mlp
+        active += mlp_layers * config.moe.experts_per_token * mlp
     if config.memory is not None:
-        layers = len(config.parsed_insertions)
-        memory = count_memory(config.memory)
+        memory, layers = count_memory(config.memory), len(config.parsed_insertions)
         dense += layers * memory.dense
-        sparse = layers * memory.lookup
-        rows = layers * config.memory.num_slots * config.memory.value_dim
+        sparse += memory.table * (layers if config.memory.table == "own" else 1)
+        active += layers * config.memory.num_slots * (config.memory.value_dim + config.memory.expert_dim)
     embedding = 2 * config.vocab_size * d
     return Counts(
         total=dense + sparse,
         dense=dense,
         sparse=sparse,
-        active=dense + rows,
-        flops_per_token=2 * (dense + rows),
+        active=dense + active,
+        flops_per_token=2 * (dense + active),
         embedding=embedding,
         total_with_embeddings=dense + sparse + embedding,
     )

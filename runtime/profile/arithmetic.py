@@ -2,17 +2,17 @@
 
 Symbols: B sequences, S new tokens each, P tokens already cached, T = B*S; d hidden size, L layers, V vocabulary;
 of a memory layer H heads, r ranks, n side of the logical grid, m slots per head, K = m*H, C cores, E blocks,
-N rows, Dv value dim. e is the bytes of one number. Per forward:
+N rows, Dv value dim, Dp width of an expert's input row. e is the bytes of one number. Per forward:
 
 | stage | FLOPs | bytes |
 | --- | --- | --- |
 | query | 2T * weights (projection and convolution) | weights; in T*d and B*d*(W-1) of the convolution, out the query |
 | score | 2T * 2*H*r*n*K_r | keys; in the query, out T*2*H*r*n scores |
 | select | per head: a and b 4rn; candidates 2r^2 s + 2r s^2 per grid of side s; kept m*C*(2r^2 + 2r); PKM m^2 | in the scores, out T*H*m*C scores and int64 addresses |
-| lookup | 2T*K*Dv | min(T*K, N) rows; in scores and addresses, out T*E*Dv |
-| expand | 2T*E*Dv*d | weights; in T*E*Dv, out T*d |
+| lookup | 2T*K*(Dv + Dp), 2T*d*Dp of an expert projection | min(T*K, N) rows; in scores and addresses, out T*E*Dv |
+| expand | 2T * weights | weights; in T*E*Dv (and T*d, if gated), out T*d |
 | attention | 2T*4d^2 and 4d per pair of a token and a position that it sees | weights; in and out T*d; cache: 2*B*P*d read, 2*B*S*d written |
-| mlp | 2T*2*d*inner | weights; in and out T*d |
+| mlp | 2T*2*d*inner; with experts times those of a token, and 2T*d*experts of the router | weights, of at most as many experts as T tokens choose; in and out T*d |
 | head | 2T*d*V | weights; in T*d, out T*V |
 | other | not counted | norm weights, min(T, V) embedding rows, and T*d read or written by each norm and residual addition |
 
@@ -74,7 +74,8 @@ def _memory_costs(memory: MemoryConfig, layers: int, batch: int, new_tokens: int
     d, h, r, n = memory.hidden_size, memory.num_heads, memory.rank, memory.grid_side
     m, k, c, e, dv = memory.top_m, memory.num_slots, memory.num_cores, memory.expansion, memory.value_dim
     weights = count_memory(memory)
-    norm = memory.rank_key_dim if memory.qk_norm else 0
+    norm = memory.rank_key_dim if memory.qk_norm != "none" else 0
+    dp, gated = memory.expert_dim, memory.output == "gated"
     queries = 2 * memory.key_dim * (1 if memory.shared_query else h)
     scores = 2 * h * r * n
     kept = t * h * m * (c * size + ADDRESS_BYTES)
@@ -93,10 +94,11 @@ def _memory_costs(memory: MemoryConfig, layers: int, batch: int, new_tokens: int
         cost("score", 2 * t * scores * memory.rank_key_dim, weights.score, t * (queries + scores) * size),
         cost("select", t * h * _select_flops(memory), weights.select, t * scores * size + kept),
         cost(
-            "lookup", 2 * t * k * dv, 0, kept + t * e * dv * size + permutation,
-            rows=min(t * k, memory.num_values) * dv * size,
+            "lookup", 2 * t * (k * (dv + dp) + weights.lookup), weights.lookup,
+            kept + t * (e * dv + (d if dp else 0)) * size + permutation,
+            rows=min(t * k, memory.num_values) * (dv + dp) * size,
         ),
-        cost("expand", 2 * t * e * dv * d, weights.expand, t * (e * dv + d) * size),
+        cost("expand", 2 * t * weights.expand, weights.expand, t * (e * dv + d * (2 if gated else 1)) * size),
     ]  # fmt: skip
 
 
@@ -116,6 +118,11 @@ def _dense_costs(config: ModelConfig, batch: int, new_tokens: int, cached_tokens
     # A new token sees the cache, the new ones before it and itself.
     pairs = batch * (new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2)
     attention, mlp, head = 4 * d * d, 2 * d * config.inner_size, d * config.vocab_size
+    mlp_layers, mlp_flops, mlp_weights = layers - len(config.layers_without_mlp), 2 * t * mlp, mlp
+    if config.moe is not None:
+        experts, per_token = config.moe.num_experts, config.moe.experts_per_token
+        mlp_flops = 2 * t * (per_token * mlp + d * experts)
+        mlp_weights = min(t * per_token, experts) * mlp + d * experts
     norms = 2 * layers + 1
     additions = 2 * layers + len(config.parsed_insertions)
     return [
@@ -127,7 +134,7 @@ def _dense_costs(config: ModelConfig, batch: int, new_tokens: int, cached_tokens
             cache_bytes=layers * 2 * batch * (cached_tokens + new_tokens) * d * size,
             activation_bytes=layers * 2 * t * d * size,
         ),
-        StageCost("mlp", layers * 2 * t * mlp, layers * mlp * size, 0, 0, layers * 2 * t * d * size),
+        StageCost("mlp", mlp_layers * mlp_flops, mlp_layers * mlp_weights * size, 0, 0, mlp_layers * 2 * t * d * size),
         StageCost("head", 2 * t * head, head * size, 0, 0, t * (d + config.vocab_size) * size),
         StageCost(
             "other",

@@ -199,7 +199,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path):
     "memory",
     [
         replace(MEMORY, candidates="two_tailed", expansion=1, conv_width=1),
-        replace(MEMORY, rank=1, num_cores=1, permutation="stored", qk_norm=False),
+        replace(MEMORY, rank=1, num_cores=1, permutation="stored", qk_norm="none"),
         replace(MEMORY, rank=3, rank_layout="split", key_dim=12, shared_query=False, expansion=9, permutation="none"),
     ],
     ids=["two-tailed", "product-keys", "split"],

@@ -33,7 +33,7 @@ def eager(model, inputs):
     [
         MEMORY,
         replace(MEMORY, candidates="two_tailed", expansion=1),
-        replace(MEMORY, rank=1, num_cores=1, permutation="stored", qk_norm=False, conv_width=1),
+        replace(MEMORY, rank=1, num_cores=1, permutation="stored", qk_norm="none", conv_width=1),
     ],
     ids=["tucker", "two-tailed", "product-keys"],
 )

@@ -11,7 +11,7 @@ from ultramem.graph.init import kept_scores, mean_top_normal
 SWITCHES = {
     "default": {},
     "no conv": {"conv_width": 1},
-    "no norm": {"qk_norm": False},
+    "no norm": {"qk_norm": "none"},
     "query per head": {"shared_query": False},
     "split ranks": {"rank_layout": "split"},
     "split ranks, query per head": {"rank_layout": "split", "shared_query": False},
@@ -62,7 +62,7 @@ def _by_the_equations(layer: UltraMemLayer, config: MemoryConfig, x: torch.Tenso
         x = torch.stack([(padded[s : s + config.conv_width] * weight.T).sum(0) for s in range(len(x))])
 
     def norm(v, name):
-        return torch.nn.functional.layer_norm(v, v.shape[-1:], state.get(name)) if config.qk_norm else v
+        return torch.nn.functional.layer_norm(v, v.shape[-1:], state.get(name)) if config.qk_norm != "none" else v
 
     query = x @ state["query.proj.weight"].T
     keys = norm(state["score.keys_H2RNK"], "score.norm.weight")

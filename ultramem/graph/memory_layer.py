@@ -1,20 +1,32 @@
-"""The UltraMem layer: five stages, each a module of that name, so that every lowering can be read stage by stage.
+"""The memory layer: five stages, each a module of that name, so that every lowering can be read stage by stage.
 
 query -> score -> select -> lookup -> expand
 
 Shapes: B batch, S sequence, T = B*S tokens, D hidden size, H heads, R ranks, N side of the logical grid,
-M slots per head, C cores, E blocks, V value dim, K key width of one rank, W convolution width.
+M slots per head, C cores, E blocks, V value dim, P expert dim, K key width of one rank, W convolution width. In the
+lookup K is the number of slots, H*M.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F  # noqa: N812  # the name that everybody uses
 from torch import Tensor, nn
 
 from ultramem import ops
 from ultramem.config import MemoryConfig
+from ultramem.graph.memory_output import Pooled, make_output
 from ultramem.graph.singular import leading_singular_pair, singular_values
 from ultramem.graph.value_table import ValueTable
+
+
+def _norm(config: MemoryConfig) -> nn.Module:
+    """The norm of queries or keys: one weight per column, no bias."""
+    if config.qk_norm == "none":
+        return nn.Identity()
+    if config.qk_norm == "rms":
+        return nn.RMSNorm(config.rank_key_dim, eps=1e-6)
+    return nn.LayerNorm(config.rank_key_dim, bias=False)
 
 
 class Query(nn.Module):
@@ -29,7 +41,7 @@ class Query(nn.Module):
         self.conv_DW = nn.Parameter(torch.empty(config.hidden_size, self.width)) if self.width > 1 else None
         out_features = 2 * config.key_dim * (1 if config.shared_query else config.num_heads)
         self.proj = nn.Linear(config.hidden_size, out_features, bias=False)
-        self.norm = nn.LayerNorm(config.rank_key_dim, bias=False) if config.qk_norm else nn.Identity()
+        self.norm = _norm(config)
 
     def forward(self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None = None) -> Tensor:
         """Query [T,2,(H),(R),K]; `past_conv_BDW` holds the W-1 inputs before this sequence (zeros if None)."""
@@ -59,7 +71,7 @@ class Score(nn.Module):
         super().__init__()
         shape = (config.num_heads, 2, config.rank, config.grid_side, config.rank_key_dim)
         self.keys_H2RNK = nn.Parameter(torch.empty(shape))
-        self.norm = nn.LayerNorm(config.rank_key_dim, bias=False) if config.qk_norm else nn.Identity()
+        self.norm = _norm(config)
         query = "t" + ("" if config.shared_query else "h") + ("r" if config.rank_layout == "split" else "") + "k"
         self.equation = f"{query},hrnk->thrn"
 
@@ -75,47 +87,86 @@ class Select(nn.Module):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        self.top_m = config.top_m
+        self.top_m, self.num_candidates = config.top_m, config.num_candidates
         self.candidates = config.candidates
+        self.softmax = config.score_function == "softmax"
         h, c, r = config.num_heads, config.num_cores, config.rank
         self.cores_HCRR = nn.Parameter(torch.empty(h, c, r, r)) if r > 1 else None
 
     def forward(self, row_scores_THRN: Tensor, col_scores_THRN: Tensor) -> ops.TopK:
         """Scores [T,H,M,C] and logical addresses [T,H,M]."""
+        scores_THMC, addresses_THM = self._top_m(row_scores_THRN, col_scores_THRN)
+        if self.softmax:
+            wide = torch.promote_types(scores_THMC.dtype, torch.float32)
+            scores_THMC = scores_THMC.softmax(dim=2, dtype=wide).to(scores_THMC.dtype)
+        return ops.TopK(scores_THMC, addresses_THM)
+
+    def _top_m(self, row_scores_THRN: Tensor, col_scores_THRN: Tensor) -> ops.TopK:
         if self.cores_HCRR is None:
             scores_THM, addresses_THM = ops.product_topk(
                 row_scores_THRN.squeeze(2), col_scores_THRN.squeeze(2), self.top_m
             )
             return ops.TopK(scores_THM.unsqueeze(-1), addresses_THM)
         u_HR, t_HR = leading_singular_pair(self.cores_HCRR.sum(1))
-        return ops.tucker_topk(
-            row_scores_THRN, col_scores_THRN, self.cores_HCRR, u_HR, t_HR, self.top_m, candidates=self.candidates
-        )
+        kept = ops.tucker_topk(
+            row_scores_THRN, col_scores_THRN, self.cores_HCRR, u_HR, t_HR, self.num_candidates,
+            candidates=self.candidates,
+        )  # fmt: skip
+        if self.num_candidates == self.top_m:
+            return kept
+        return ops.TopK(kept.scores[:, :, : self.top_m], kept.addresses[:, :, : self.top_m])  # best first
 
 
 class Lookup(nn.Module):
-    """Logical addresses are shuffled to virtual ones, whose rows in the value table are pooled per block (eq 14-17)."""
+    """Logical addresses are shuffled to virtual ones, whose rows in the value table are pooled per block (eq 14-17).
+
+    Where slots are experts (PEER; UltraMemV2), the product of the input with a slot's input row multiplies its scores.
+    """
 
     address_table: Tensor
 
-    def __init__(self, config: MemoryConfig) -> None:
+    def __init__(self, config: MemoryConfig, index: int = 0) -> None:
         super().__init__()
         self.num_blocks = config.expansion
+        self.num_values, self.table_rows = config.num_values, config.table_rows
         self.num_addresses = config.expansion * config.num_values
+        self.first_row = index * config.knum**2 if config.table == "windows" else None
         self.permutation = config.permutation
         self.seed = config.permutation_seed
+        self.sums_scores = config.project_bias
+        self.has_experts = config.expert_dim > 0
+        self.gelu = config.expert_activation == "gelu"
+        self.expert_query = (
+            nn.Linear(config.hidden_size, config.expert_dim, bias=False) if config.expert_project else nn.Identity()
+        )
         if config.permutation == "stored":
             self.register_buffer("address_table", torch.empty(self.num_addresses, dtype=torch.int64))
 
-    def forward(self, scores_THMC: Tensor, addresses_THM: Tensor, table: ValueTable) -> Tensor:
-        """Pooled rows [T,E,V]."""
-        indices_TK = addresses_THM.flatten(1)
+    def forward(self, scores_THMC: Tensor, addresses_THM: Tensor, hidden_TD: Tensor, table: ValueTable) -> Pooled:
+        indices_TK = self.virtual_indices(addresses_THM.flatten(1))
+        scores_TKC = scores_THMC.flatten(1, 2)
+        if self.has_experts:
+            product_TK = table.expert_products(indices_TK, self.expert_query(hidden_TD))
+            activation_TK = F.gelu(product_TK) if self.gelu else product_TK
+            scores_TKC = scores_TKC * activation_TK.unsqueeze(-1)
+        rows_TEV = table(indices_TK, scores_TKC, self.num_blocks)
+        return Pooled(rows_TEV, self._score_sums(indices_TK, scores_TKC) if self.sums_scores else None)
+
+    def virtual_indices(self, addresses_TK: Tensor) -> Tensor:
+        """`block * rows of the table + row`, as `ops.lookup_reduce` reads it, of logical addresses."""
         if self.permutation == "computed":
-            indices_TK = ops.permute_addresses(indices_TK, self.num_addresses, self.seed)
+            addresses_TK = ops.permute_addresses(addresses_TK, self.num_addresses, self.seed)
         elif self.permutation == "stored":
-            indices_TK = self.address_table[indices_TK]
-        pooled_TEV: Tensor = table(indices_TK, scores_THMC.flatten(1, 2), self.num_blocks)
-        return pooled_TEV
+            addresses_TK = self.address_table[addresses_TK]
+        if self.first_row is None:
+            return addresses_TK
+        row_TK = (addresses_TK % self.num_values + self.first_row) % self.table_rows
+        return addresses_TK // self.num_values * self.table_rows + row_TK
+
+    def _score_sums(self, indices_TK: Tensor, scores_TKC: Tensor) -> Tensor:
+        block_E = torch.arange(self.num_blocks, device=indices_TK.device)
+        member_TEK = (indices_TK // self.table_rows).unsqueeze(1) == block_E.view(1, -1, 1)
+        return (member_TEK * scores_TKC.sum(-1).unsqueeze(1)).sum(-1)
 
 
 class UltraMemLayer(nn.Module):
@@ -123,17 +174,22 @@ class UltraMemLayer(nn.Module):
 
     Add `aux_loss()` to the training loss, and give `table.values_NV` its own learning rate (`ultramem.param_groups`
     does). For cached decoding, pass the state that `next_conv` returned and keep the new one.
+
+    Args:
+        config: UltraMem's by default; its switches give PKM, Memory+, PEER and UltraMemV2 (`ultramem.presets()`).
+        index: of this layer among those that share a table.
+        own_table: False where the table is somebody else's, who passes it to `forward`.
     """
 
-    def __init__(self, config: MemoryConfig) -> None:
+    def __init__(self, config: MemoryConfig, *, index: int = 0, own_table: bool = True) -> None:
         super().__init__()
         self.config = config
         self.query = Query(config)
         self.score = Score(config)
         self.select = Select(config)
-        self.lookup = Lookup(config)
-        self.table = ValueTable(config.num_values, config.value_dim)
-        self.expand = nn.Linear(config.expansion * config.value_dim, config.hidden_size, bias=False)
+        self.lookup = Lookup(config, index)
+        self.table = ValueTable(config) if own_table else None
+        self.expand = make_output(config)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -142,12 +198,17 @@ class UltraMemLayer(nn.Module):
 
         init_memory_layer(self)
 
-    def forward(self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None = None, *, table: ValueTable | None = None
+    ) -> Tensor:
+        table = self.table if table is None else table
+        assert table is not None, "a layer without a table of its own is given one"
         query = self.query(hidden_BSD, past_conv_BDW)
         row_scores, col_scores = self.score(query)
         scores, addresses = self.select(row_scores, col_scores)
-        pooled_TEV = self.lookup(scores, addresses, self.table)
-        output_BSD: Tensor = self.expand(pooled_TEV.flatten(1)).view(hidden_BSD.shape)
+        hidden_TD = hidden_BSD.flatten(0, 1)
+        pooled = self.lookup(scores, addresses, hidden_TD, table)
+        output_BSD: Tensor = self.expand(pooled, hidden_TD).view(hidden_BSD.shape)
         return output_BSD
 
     def next_conv(self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None = None) -> Tensor:
@@ -163,7 +224,7 @@ class UltraMemLayer(nn.Module):
         """
         cores = self.select.cores_HCRR
         if cores is None or self.config.aux_loss_weight == 0:
-            return self.table.values_NV.new_zeros(())
+            return self.score.keys_H2RNK.new_zeros(())
         trailing = singular_values(cores.sum(1))[:, 1:]
         excess = (trailing - self.config.aux_loss_margin).clamp_min(0).square()
         return self.config.aux_loss_weight / (self.config.rank - 1) * excess.sum()

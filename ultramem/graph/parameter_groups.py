@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ultramem.graph.memory_layer import Query, Select
+from ultramem.graph.memory_output import Project
 from ultramem.graph.value_table import ValueTable
 
 
@@ -15,8 +16,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for `torch.optim.AdamW(groups)` and the like; each also holds `name` and `initial_lr`.
 
-    "values": the value tables of every memory layer in `model`, at `lr * value_lr_ratio`, decayed.
-    "weights": the other matrices, decayed. "scales": norms, convolutions and cores, not decayed.
+    "values": the tables of every memory layer in `model`, at `lr * value_lr_ratio`, decayed.
+    "weights": the other matrices, decayed. "scales": norms, biases, convolutions and cores, not decayed.
     The paper lowers the ratio linearly to 1 over training; scale the group's `lr` by your schedule.
 
     Args:
@@ -34,11 +35,13 @@ def param_groups(
     values, small = set(), set()
     for module in model.modules():
         if isinstance(module, ValueTable):
-            values.add(id(module.values_NV))
+            values |= {id(parameter) for parameter in module.parameters()}
         elif isinstance(module, Query):
             small.add(id(module.conv_DW))
         elif isinstance(module, Select):
             small.add(id(module.cores_HCRR))
+        elif isinstance(module, Project):
+            small.add(id(module.block_bias_ED))
     groups: dict[str, list[nn.Parameter]] = {"values": [], "weights": [], "scales": []}
     for parameter in model.parameters():
         if id(parameter) in values:

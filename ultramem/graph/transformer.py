@@ -13,12 +13,17 @@ import torch.nn.functional as F  # noqa: N812  # the name that everybody uses
 from torch import Tensor, nn
 
 from ultramem.config import ModelConfig
-from ultramem.graph.init import init_linear
+from ultramem.graph.init import init_linear, init_table
 from ultramem.graph.memory_layer import UltraMemLayer
+from ultramem.graph.moe import MoE, MoEOutput
+from ultramem.graph.value_table import ValueTable
 
 
 class Cache(NamedTuple):
-    """What decoding keeps: per layer keys and values [B,A,P,X], per memory layer its last inputs [B,D,W-1]."""
+    """What decoding keeps: per layer keys and values [B,A,P,X], per memory layer the last inputs [B,D,W-1].
+
+    There are no `convs` where memory layers have no convolution.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -91,15 +96,22 @@ class MLP(nn.Module):
         return output
 
 
-class Block(nn.Module):
-    """Attention, then MLP, each behind its LayerNorm."""
+def _make_mlp(config: ModelConfig, number: int) -> MLP | MoE | None:
+    """What the 1-based layer `number` has beside attention; None where a memory layer stands in its place."""
+    if number in config.layers_without_mlp:
+        return None
+    return MLP(config) if config.moe is None else MoE(config.moe, config.hidden_size, config.inner_size)
 
-    def __init__(self, config: ModelConfig) -> None:
+
+class Block(nn.Module):
+    """Attention, then MLP or experts, each behind its LayerNorm."""
+
+    def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, bias=False)
         self.attention = Attention(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, bias=False)
-        self.mlp = MLP(config)
+        self.mlp = _make_mlp(config, number)
 
 
 class Transformer(nn.Module):
@@ -109,10 +121,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, number) for number in range(1, config.num_layers + 1))
+        shares = config.memory is not None and config.memory.table != "own"
         self.memories = nn.ModuleList(
-            UltraMemLayer(config.memory) for _ in config.parsed_insertions if config.memory is not None
+            UltraMemLayer(config.memory, index=index, own_table=not shares)
+            for index in range(len(config.parsed_insertions))
+            if config.memory is not None
         )
+        self.table = ValueTable(config.memory) if config.memory is not None and shares else None
         self.norm = nn.LayerNorm(config.hidden_size, bias=False)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -129,17 +145,20 @@ class Transformer(nn.Module):
             assert isinstance(block, Block)
             init_linear(block.attention.qkv)
             init_linear(block.attention.out, residual_layers=layers)
-            init_linear(block.mlp.up)
-            init_linear(block.mlp.down, residual_layers=layers)
+            if isinstance(block.mlp, MLP):
+                init_linear(block.mlp.up)
+                init_linear(block.mlp.down, residual_layers=layers)
+            elif block.mlp is not None:
+                block.mlp.reset_parameters(residual_layers=layers)
+        if self.table is not None:
+            init_table(self.table, [memory for memory in self.memories if isinstance(memory, UltraMemLayer)])
 
     def empty_cache(self, batch_size: int) -> Cache:
         """The cache before the first token: keys and values of length 0, convolutions of zeros."""
         config, weight = self.config, self.embedding.weight
         past = weight.new_zeros(batch_size, config.num_heads, 0, config.head_dim)
-        width = config.memory.conv_width if config.memory else 1
-        conv = weight.new_zeros(batch_size, config.hidden_size, width - 1)
-        layers, memories = config.num_layers, len(self.memories)
-        return Cache((past,) * layers, (past,) * layers, (conv,) * memories)
+        conv = weight.new_zeros(batch_size, config.hidden_size, config.conv_length)
+        return Cache((past,) * config.num_layers, (past,) * config.num_layers, (conv,) * config.num_convs)
 
     def forward(
         self,
@@ -167,7 +186,7 @@ class Transformer(nn.Module):
         token_BS1 = None if attention_mask is None else attention_mask[:, past_length:].unsqueeze(-1)
 
         hidden_BSD = self.dropout(self.embedding(input_ids_BS))
-        keys, values, convs = [], [], []
+        keys, values, convs, aux_losses = [], [], [], []
         waiting: dict[int, list[Tensor]] = {}
         insertions = self.config.parsed_insertions
         for number, block in enumerate(self.blocks, start=1):
@@ -182,24 +201,27 @@ class Transformer(nn.Module):
                 if source == number:
                     # Padding must look like "before the first token" to the convolution: zeros.
                     memory_input = mlp_input_BSD if token_BS1 is None else mlp_input_BSD * token_BS1
-                    past_conv = None if cache is None else cache.convs[index]
+                    has_conv = self.config.num_convs > 0
+                    past_conv = cache.convs[index] if cache is not None and has_conv else None
                     memory = self.memories[index]
                     assert isinstance(memory, UltraMemLayer)
-                    waiting.setdefault(target, []).append(memory(memory_input, past_conv))
-                    convs.append(memory.next_conv(memory_input, past_conv))
-            hidden_BSD = hidden_BSD + self.dropout(block.mlp(mlp_input_BSD))
+                    waiting.setdefault(target, []).append(memory(memory_input, past_conv, table=self.table))
+                    if has_conv:
+                        convs.append(memory.next_conv(memory_input, past_conv))
+            if block.mlp is not None:
+                output = block.mlp(mlp_input_BSD)
+                if isinstance(output, MoEOutput):
+                    aux_losses.append(output.balance_loss)
+                    output = output.hidden_BSD
+                hidden_BSD = hidden_BSD + self.dropout(output)
             for memory_output_BSD in waiting.pop(number, ()):
                 hidden_BSD = hidden_BSD + self.dropout(memory_output_BSD)
         logits_BSV = self.head(self.norm(hidden_BSD))
-        return ModelOutput(logits_BSV, Cache(tuple(keys), tuple(values), tuple(convs)), self._aux_loss(logits_BSV))
-
-    def _aux_loss(self, logits_BSV: Tensor) -> Tensor:
-        total = logits_BSV.new_zeros((), dtype=torch.float32)
+        aux_loss = logits_BSV.new_zeros((), dtype=torch.float32)
         if self.training:
-            for memory in self.memories:
-                assert isinstance(memory, UltraMemLayer)
-                total = total + memory.aux_loss()
-        return total
+            memory_losses = [memory.aux_loss() for memory in self.memories if isinstance(memory, UltraMemLayer)]
+            aux_loss = sum([*aux_losses, *memory_losses], aux_loss)
+        return ModelOutput(logits_BSV, Cache(tuple(keys), tuple(values), tuple(convs)), aux_loss)
 
     @staticmethod
     def _mask(input_ids_BS: Tensor, attention_mask: Tensor | None, past_length: int) -> Tensor:

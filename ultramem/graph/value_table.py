@@ -6,24 +6,29 @@ import torch
 from torch import Tensor, nn
 
 from ultramem import ops
+from ultramem.config import MemoryConfig
 
 
 class ValueTable(nn.Module):
-    """`rows` value rows of `value_dim`, read by one memory layer or shared by several.
+    """The rows that one memory layer reads, or that several share.
 
     Attributes:
-        values_NV: the rows.
-        sparse_grad: gradients of the table are sparse COO tensors of the touched rows instead of dense [N,V] ones.
+        values_NV: value rows.
+        experts_NP: input rows, where each slot is a one-neuron expert; else None.
+        sparse_grad: gradients of the rows are sparse COO tensors of the touched rows instead of dense [N,V] ones.
             Optimisers that work on touched rows set it.
         row_use_N: how often each row was read in training since it was last set to zero, int64; None unless
             `count_row_use` was called. Not part of the state dict.
     """
 
+    experts_NP: nn.Parameter | None
     row_use_N: Tensor | None
 
-    def __init__(self, rows: int, value_dim: int) -> None:
+    def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        self.values_NV = nn.Parameter(torch.empty(rows, value_dim))
+        self.values_NV = nn.Parameter(torch.empty(config.table_rows, config.value_dim))
+        experts = nn.Parameter(torch.empty(config.table_rows, config.expert_dim)) if config.expert_dim else None
+        self.register_parameter("experts_NP", experts)
         self.sparse_grad = False
         self.register_buffer("row_use_N", None, persistent=False)
 
@@ -40,4 +45,11 @@ class ValueTable(nn.Module):
             self.row_use_N.index_add_(0, rows, torch.ones_like(rows))
         return ops.lookup_reduce(
             values_NV, indices_TK, scores_TKC.to(values_NV.dtype), num_blocks=num_blocks, sparse_grad=self.sparse_grad
+        )
+
+    def expert_products(self, indices_TK: Tensor, query_TP: Tensor) -> Tensor:
+        """Products [T,K] of the query with the input rows of virtual indices (see `ultramem.ops.lookup_dot`)."""
+        assert self.experts_NP is not None
+        return ops.lookup_dot(
+            self.experts_NP, indices_TK, query_TP.to(self.experts_NP.dtype), sparse_grad=self.sparse_grad
         )
