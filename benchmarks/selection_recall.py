@@ -206,7 +206,8 @@ def read_out(path: Path | None) -> dict[str, Any]:
 def provenance() -> dict[str, Any]:
     """Versions, device, threads and commit of the records made now."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
-    return {**environment(), "commit": git.stdout.strip() or None}
+    found = {name: value for name, value in environment().items() if name != "platform"}  # the kernel tells nothing
+    return {**found, "commit": git.stdout.strip() or None}
 
 
 def main(arguments: list[str] | None = None) -> int:
