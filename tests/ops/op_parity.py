@@ -48,8 +48,3 @@ def as_float64(tensors: Sequence[Tensor]) -> list[Tensor]:
 def as_eager(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Inputs of the eager run that is the measure: in their dtype, float64 in float32."""
     return [t.float() if t.dtype == torch.float64 else t for t in tensors]
-
-
-def same_addresses(actual: Tensor, expected: Tensor) -> bool:
-    """Equal as sets, per token and head."""
-    return torch.equal(actual.sort(-1).values, expected.sort(-1).values)

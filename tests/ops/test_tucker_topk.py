@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
 import torch
 import torch._dynamo.testing
-from op_parity import as_eager, as_float64, assert_as_exact_as_eager, same_addresses, value_and_gradients
+from op_parity import as_eager, as_float64, assert_as_exact_as_eager, value_and_gradients
 from torch import Tensor
 
 from ultramem.ops import Implementation, reference, tucker_topk, use_implementation
@@ -75,14 +76,36 @@ def test_of_equal_scores_the_lower_position_is_kept_and_first(
     assert torch.equal(tucker_topk(*zeros, k).addresses[0, 0], reference.tucker_topk(*zeros, k).addresses[0, 0])
 
 
-@pytest.mark.parametrize(("n", "k"), [(40, 5), (9, 8)])
+@pytest.mark.parametrize("integers", [False, True], ids=["normal", "ties"])
+@pytest.mark.parametrize(("r", "n", "k"), [(2, 40, 5), (2, 9, 8), (3, 25, 7)])
 def test_two_tails_do_not_depend_on_the_sign_of_the_singular_pair(
-    implementation: Implementation, device: torch.device, n: int, k: int
+    implementation: Implementation, device: torch.device, r: int, n: int, k: int, integers: bool
 ) -> None:
-    inputs, (u, t) = make_inputs(2, 1, 2, n, 2, dtype=torch.float32, device=device)
+    inputs, (u, t) = make_inputs(2, 2, r, n, 2, dtype=torch.float32, device=device, integers=integers)
     plus = tucker_topk(*inputs, u, t, k, candidates="two_tailed")
     minus = tucker_topk(*inputs, -u, -t, k, candidates="two_tailed")
-    assert same_addresses(plus.addresses, minus.addresses)
+    assert torch.equal(plus.addresses, minus.addresses)
+    assert torch.equal(plus.scores, minus.scores)
+
+
+@pytest.mark.parametrize("candidates", RULES)
+@pytest.mark.parametrize("wide", [6, 8, 16])
+def test_the_first_of_more_slots_are_the_best_of_all_candidates(
+    implementation: Implementation, device: torch.device, wide: int, candidates: str
+) -> None:
+    m, n = 4, 21
+    (row, col, cores), (u, t) = make_inputs(1, 1, 2, n, 2, dtype=torch.float32, device=device)
+    top = tucker_topk(row, col, cores, u, t, wide, candidates=candidates)
+    grid = (row[0, 0].T @ cores[0].sum(0) @ col[0, 0]).flatten()
+    by_row, by_col = (u[0] @ row[0, 0]).argsort(descending=True), (t[0] @ col[0, 0]).argsort(descending=True)
+    crossed = [(by_row[:wide], by_col[:wide])]
+    if candidates == "two_tailed":
+        tail = math.ceil(0.71 * wide)
+        crossed = [(by_row[:tail], by_col[:tail]), (by_row[-tail:], by_col[-tail:])]
+    cells = torch.cat([(rows.unsqueeze(1) * n + cols).flatten() for rows, cols in crossed]).unique()
+    best = cells[grid[cells].argsort(descending=True)[:m]]
+    assert torch.equal(top.addresses[0, 0, :m], best)
+    torch.testing.assert_close(top.scores[0, 0, :m].sum(-1), grid[best])
 
 
 def test_two_tails_find_what_one_tail_cannot() -> None:
