@@ -120,19 +120,39 @@ def _by_the_equations(layer: UltraMemLayer, config: MemoryConfig, x: torch.Tenso
     return output
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_calibrated_init_keeps_scores_of_mean_one_and_outputs_like_an_mlp(rank, seed):
-    torch.manual_seed(seed)
-    config = MemoryConfig(
-        hidden_size=64, num_layers=6, value_dim=32, key_dim=32, knum=40, rank=rank, num_cores=1 if rank == 1 else 2
-    )
-    layer = UltraMemLayer(config)
-    summed = kept_scores(layer, samples=2048, seed=seed + 7).sum(-1)  # other queries than the calibration's
-    assert summed.mean().item() == pytest.approx(1, rel=0.05)
-    with torch.no_grad():
-        output = layer(torch.randn(16, 64, 64))
-    assert output.var().item() * 2 * config.num_layers == pytest.approx(1, rel=0.15)
+SIZES = {
+    "small": {},
+    "wide": {"hidden_size": 128, "value_dim": 64, "key_dim": 48, "knum": 60},
+    "many slots": {"top_m": 32, "num_heads": 3, "num_layers": 12},
+    "no expansion": {"expansion": 1},
+    "two tails": {"candidates": "two_tailed"},
+    "PKM": {
+        "value_dim": 64, "expansion": 1, "output": "none", "qk_norm": "none", "shared_query": False,
+        "score_function": "softmax",
+    },
+    "experts": {"expert_dim": 24, "expert_project": True},
+    "gated": {"output": "gated"},
+}  # fmt: skip
+
+
+# Every size with one core and rank; the smallest with all of them.
+CALIBRATED = [("small", rank, cores) for rank, cores in ((1, 1), (2, 1), (2, 4), (3, 2), (4, 2))]
+CALIBRATED += [(size, 1, 1) if size == "PKM" else (size, 2, 2) for size in SIZES]
+
+
+@pytest.mark.parametrize(("size", "rank", "cores"), CALIBRATED)
+def test_calibrated_init_keeps_scores_of_mean_one_and_outputs_like_an_mlp(size, rank, cores):
+    size = SIZES[size]
+    fields = {"hidden_size": 64, "num_layers": 6, "value_dim": 32, "key_dim": 32, "knum": 40, **size}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        layer = UltraMemLayer(MemoryConfig(**fields, rank=rank, num_cores=cores))
+        if layer.config.score_function == "none":  # softmax makes the scores of a head add up to 1 by itself
+            summed = kept_scores(layer, samples=2048, seed=seed + 7).sum(-1)  # other queries than the calibration's
+            assert summed.mean().item() == pytest.approx(1, rel=0.05)
+        with torch.no_grad():
+            output = layer(torch.randn(16, 64, layer.config.hidden_size))
+        assert output.var().item() * 2 * layer.config.num_layers == pytest.approx(1, rel=0.15)
 
 
 def test_paper_init_follows_the_closed_rule(memory_config):
