@@ -84,6 +84,18 @@ def test_a_run_uses_its_own_tokenizer(bpe_run, text, tmp_path, capsys):
     assert f"tokens, {len(TEXT) * 40:,} bytes" in capsys.readouterr().out
 
 
+def test_a_few_rows_can_be_evaluated_on_but_not_trained_on(bpe_run, tmp_path, capsys):
+    rows = tmp_path / "few.jsonl"
+    rows.write_text(json.dumps({"text": "one of the two daughters"}) + "\n")
+    assert main(["eval", str(bpe_run), "--data", str(rows), "--json"]) == 0
+    assert last_json(capsys)["all"]["text_bytes"] == len("one of the two daughters")
+    train_words = ["--preset", "dense-tiny", "--data", str(rows), "--out", str(tmp_path / "new")]
+    assert main(["train", *train_words, "--steps", "1", "--sequence-length", "8", "--no-compile"]) == 2
+    assert "few.jsonl has too little text for a" in capsys.readouterr().err
+    out = ["--out", tmp_path / "prepared"]
+    assert "there is too little text for a" in refused(capsys, "data", "prepare", rows, *out)
+
+
 def test_a_model_of_another_vocabulary_is_refused(bpe_run, tmp_path):
     config = TrainConfig(steps=2, batch_size=2, sequence_length=16, compile=False)
     model = ModelConfig(vocab_size=257, hidden_size=16, inner_size=16, num_heads=2, num_layers=1)

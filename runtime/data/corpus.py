@@ -94,11 +94,8 @@ def _load(name: str, sources: Sources, tokenizer: Tokenizer) -> Corpus:
             outside.append(encode(text))
     if not is_bytes:
         digest.update(tokenizer.fingerprint.encode())
-    for part_name, part_documents in (("train", train), ("held_out", held_out)):
-        if not part_documents:
-            raise ValueError(
-                f"data: {name} has too little text for a {part_name} part: {rule.describe(sources.in_domain)}"
-            )
+    if not train and not held_out:
+        raise ValueError(f"data: {name} holds no text")
     parts = [
         LoadedDocuments(part, end_of_text=tokenizer.end_of_text, vocab_size=tokenizer.vocab_size)
         for part in (train, held_out, outside)

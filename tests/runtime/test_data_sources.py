@@ -123,10 +123,10 @@ def test_what_is_not_parquet_is_named(tmp_path):
         load_corpus(str(tmp_path / "bad.parquet"))
 
 
-def test_too_few_rows_to_hold_any_out(tmp_path):
-    write_jsonl(tmp_path / "few.jsonl", ["a text"])
-    with pytest.raises(ValueError, match=r"too little text for a (train|held_out) part"):
-        load_corpus(str(tmp_path / "few.jsonl"))
+def test_rows_without_text_are_refused(tmp_path):
+    write_jsonl(tmp_path / "none.jsonl", ["", ""])
+    with pytest.raises(ValueError, match=r"none.jsonl holds no text"):
+        load_corpus(str(tmp_path / "none.jsonl"))
 
 
 def test_importing_brings_in_no_extra():
