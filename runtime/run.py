@@ -1,4 +1,4 @@
-"""A run folder: config.json, metrics.jsonl, checkpoints/, model.safetensors, exports/."""
+"""A run folder: config.json, tokenizer.json, metrics.jsonl, checkpoints/, model.safetensors, exports/."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import ultramem
 from ultramem.config import ModelConfig, TrainConfig, to_dict
 from ultramem.graph.weights import CONFIG_FILE, WEIGHTS_FILE, read_config, write_atomically, write_config
 from ultramem.runtime.data import Corpus
+from ultramem.runtime.tokenizer import TOKENIZER_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,16 @@ class RunFolder:
         Raises:
             FileExistsError: the folder holds something and `resume` is off, or it is something else than a run.
             ValueError: resuming under another model, training configuration or text; the first difference is named.
+                Or the model's vocabulary is not the tokenizer's, or nothing of the text is trained on or held out.
         """
+        for part, documents in (("train", corpus.train), ("held_out", corpus.held_out)):
+            if not documents:
+                raise ValueError(f"data: {corpus.name} has too little text for a {part} part, got no document of it")
+        if model.vocab_size != corpus.tokenizer.vocab_size:
+            raise ValueError(
+                f"vocab_size must be {corpus.tokenizer.vocab_size}, as the tokenizer of {corpus.name} has, "
+                f"got {model.vocab_size}"
+            )
         description = describe(model, train, corpus)
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"out: {self.path} exists and is not a folder")
@@ -63,12 +73,15 @@ class RunFolder:
                         raise ValueError(
                             f"resume: {section}.{name} must be {was!r} as in {self.path / CONFIG_FILE}, got {value!r}"
                         )
+            if not (self.path / TOKENIZER_FILE).exists():  # killed between the two files, or a run of an older version
+                corpus.tokenizer.save(self.path)
             return
         if names:
             raise FileExistsError(f"out: the folder {self.path} exists already and is not a run (no {CONFIG_FILE})")
         self.path.mkdir(parents=True, exist_ok=True)
         sections = {name: fields for name, fields in description.items() if name != "model"}
         write_config(self.path, model, **sections, environment=environment())
+        corpus.tokenizer.save(self.path)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl; a last line cut off by a kill is left out."""
