@@ -121,6 +121,8 @@ def _add_config_flags(parser: argparse.ArgumentParser, cls: type[TrainConfig]) -
         help_text = f"(default: {field.default})"
         if hint is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
+        elif hint == int | None:
+            group.add_argument(flag, type=int, default=None, metavar="N", help="(default: with each evaluation)")
         elif typing.get_origin(hint) is typing.Literal:
             group.add_argument(flag, choices=typing.get_args(hint), default=None, help=help_text)
         else:
