@@ -41,6 +41,10 @@ class TrainingProgress:
     def message(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """Show an evaluation on held-out text."""
+        self.message(f"step {row['step']}: {row['bits_per_byte']:.3f} bits per byte on held-out text")
+
     def step(self, row: dict[str, Any], steps: int) -> None:
         fields = {"loss": row["loss"], "rate": row["tokens_per_second"]}
         if self.task is None:

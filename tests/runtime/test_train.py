@@ -15,7 +15,9 @@ import ultramem
 from ultramem.runtime.data import evaluation_batches, load_corpus, training_batch
 from ultramem.runtime.evaluate import evaluate, make_summed_loss
 from ultramem.runtime.run import RunFolder
-from ultramem.runtime.train import learning_rate, make_train_loss, train, value_lr_ratio
+from ultramem.runtime.schedule import learning_rate, value_lr_ratio
+from ultramem.runtime.train import train
+from ultramem.runtime.train_step import make_train_loss
 
 
 class _StopAt:
@@ -31,6 +33,9 @@ class _StopAt:
         if row["step"] == self.at:
             raise RuntimeError("pulled the plug")
 
+    def evaluation(self, row):
+        pass
+
 
 def _losses(folder):
     return [row["loss"] for row in RunFolder(folder).read_metrics() if "loss" in row]
@@ -45,7 +50,11 @@ def test_a_run_folder_holds_all_of_the_run(small_model, small_train, text, tmp_p
     assert config["environment"]["torch"] == torch.__version__
     rows = RunFolder(out).read_metrics()
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    assert [(row["step"], row["split"]) for row in rows if "split" in row] == [(3, "held_out_sample"), (6, "held_out")]
+    assert [(row["step"], row["split"]) for row in rows if "split" in row] == [
+        (3, "held_out_sample"),
+        (6, "held_out_sample"),
+        (6, "held_out"),
+    ]
     assert rows[-1]["bits_per_byte"] == result.held_out.bits_per_byte
     assert result.held_out.tokens == len(load_corpus(text).held_out[0])
     model = ultramem.load(out)
