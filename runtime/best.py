@@ -11,6 +11,7 @@ from torch import nn
 from ultramem.graph.weights import CONFIG_FILE, WEIGHTS_FILE, save_weights, write_atomically
 
 RECORD_FILE = "best.json"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,13 +29,15 @@ def read_best(folder: Path) -> Best | None:
     return Best(**json.loads(path.read_text())) if path.is_file() else None
 
 
-def save_best(folder: Path, best: Best, model: nn.Module, config_file: Path) -> None:
-    """Write the weights of `model` and then the record.
+def save_best(folder: Path, best: Best, model: nn.Module, run: Path) -> None:
+    """Write the weights of `model`, what `run` holds to read them with, and then the record.
 
-    A run killed between the two comes back to this step, and writes both again.
+    A run killed before the record comes back to this step, and writes all again.
     """
     folder.mkdir(exist_ok=True)
-    write_atomically(folder / CONFIG_FILE, config_file.read_bytes())
+    for name in (CONFIG_FILE, TOKENIZER_FILE):
+        if (run / name).is_file():
+            write_atomically(folder / name, (run / name).read_bytes())
     save_weights(model, folder)
     write_atomically(folder / RECORD_FILE, json.dumps(asdict(best)).encode() + b"\n")
 

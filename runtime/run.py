@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,14 @@ class RunFolder:
                         raise ValueError(
                             f"resume: {section}.{name} must be {was!r} as in {self.path / CONFIG_FILE}, got {value!r}"
                         )
+            _save_tokenizer(corpus, self.path)
             return
         if names:
             raise FileExistsError(f"out: the folder {self.path} exists already and is not a run (no {CONFIG_FILE})")
         self.path.mkdir(parents=True, exist_ok=True)
         sections = {name: fields for name, fields in description.items() if name != "model"}
         write_config(self.path, model, **sections, environment=environment())
+        _save_tokenizer(corpus, self.path)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl; a last line cut off by a kill is left out."""
@@ -108,6 +110,18 @@ def describe(model: ModelConfig, train: TrainConfig, corpus: Corpus) -> dict[str
         "train": to_dict(train),
         "data": {"name": corpus.name, "sha256": corpus.sha256},
     }
+
+
+def with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
+    """`model` with the vocabulary of the corpus's tokenizer."""
+    tokenizer = getattr(corpus, "tokenizer", None)
+    return model if tokenizer is None else replace(model, vocab_size=tokenizer.vocab_size)
+
+
+def _save_tokenizer(corpus: Corpus, folder: Path) -> None:
+    tokenizer = getattr(corpus, "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.save(folder)
 
 
 def environment() -> dict[str, Any]:

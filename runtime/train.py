@@ -19,7 +19,7 @@ from torch import Tensor
 from ultramem.config import ModelConfig, TrainConfig
 from ultramem.counts import count
 from ultramem.graph import build_model
-from ultramem.graph.weights import CONFIG_FILE, save_weights
+from ultramem.graph.weights import save_weights
 from ultramem.runtime.best import Best, load_best, read_best, save_best
 from ultramem.runtime.checkpoint import load_latest_checkpoint, restore, save_checkpoint, state_tensors
 from ultramem.runtime.data import Batch, Corpus, evaluation_batches, training_batch
@@ -29,7 +29,7 @@ from ultramem.runtime.health import MemoryHealth
 from ultramem.runtime.metrics import MetricsLog, require_tensorboard
 from ultramem.runtime.optimizers import build_optimizers, cast_tables, sync
 from ultramem.runtime.profile.machine import gemm_flops_per_second
-from ultramem.runtime.run import RunFolder, describe
+from ultramem.runtime.run import RunFolder, describe, with_vocabulary
 from ultramem.runtime.stop_signals import StopFlag, Stopped, stop_signals
 from ultramem.runtime.train_step import TrainStep, autocast_dtype, check_finite
 
@@ -74,7 +74,7 @@ def train(
     """Train a model on `corpus` into the run folder `out`.
 
     Args:
-        model_config: of the model.
+        model_config: of the model; its vocabulary becomes that of the corpus's tokenizer.
         config: how to train it.
         corpus: text to train and to evaluate on.
         out: run folder to write.
@@ -94,6 +94,7 @@ def train(
     training_batch(stream, step=0, seed=0, batch_size=1, sequence_length=config.sequence_length)  # long enough?
     if tensorboard:
         require_tensorboard()
+    model_config = with_vocabulary(model_config, corpus)
     run = RunFolder(out)
     run.create(model_config, config, corpus, resume=resume)
     with deterministic_algorithms(), stop_signals() as stop:
@@ -181,7 +182,7 @@ class _Trainer:
                 self.progress.evaluation(row)
             if self.best is None or row["eval_loss"] < self.best.eval_loss:
                 self.best = Best(step=step, eval_loss=row["eval_loss"])
-                save_best(self.folder.best, self.best, self.model, self.folder.path / CONFIG_FILE)
+                save_best(self.folder.best, self.best, self.model, self.folder.path)
         if self.health is not None and (step % self.health_every == 0 or step == config.steps):
             sync(self.optimizers)
             tokens = config.micro_batch_size * config.sequence_length

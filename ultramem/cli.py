@@ -74,11 +74,24 @@ def _build_parser() -> _Parser:
     sub.add_argument("preset", metavar="PRESET")
 
     sub = command("train", _train, "Train a preset on text, into a run folder.")
-    sub.add_argument("--preset", required=True, metavar="P", help="see `ultramem params --help`, or ultramem.presets()")
-    sub.add_argument("--data", required=True, metavar="D", help="austen, a text file, or a folder of *.txt")
+    sub.add_argument("--preset", metavar="P", help="see `ultramem params --help`, or ultramem.presets()")
+    sub.add_argument("--data", metavar="D", help="austen, a text file, or a folder of *.txt")
     sub.add_argument("--out", required=True, type=Path, metavar="RUN", help="run folder to write")
     sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN, or from step 0")
-    sub.add_argument("--config", type=Path, metavar="F.toml", help="training options as TOML; flags win")
+    sub.add_argument(
+        "--config",
+        type=Path,
+        metavar="F.toml",
+        help="preset, data, [train] and [model] as TOML, or the config.json of a run; flags win",
+    )
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="model.FIELD=V",
+        help="override a field of the model, as model.memory.top_m=8; may be given again",
+    )
+    sub.add_argument("--tensorboard", action="store_true", help="write RUN/tensorboard too")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     _add_config_flags(sub, TrainConfig)
 
@@ -148,23 +161,27 @@ def _params(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:
-    from ultramem.presets import preset
+    from ultramem.runtime.recipe import TRAIN_FIELDS, make_recipe
 
-    model_config, config = preset(args.preset), _train_config(args)
+    given = {name: value for name in TRAIN_FIELDS if (value := getattr(args, name)) is not None}
+    recipe = make_recipe(file=args.config, preset=args.preset, data=args.data, train=given, settings=args.set)
     from ultramem.runtime.data import load_corpus
     from ultramem.runtime.progress import TrainingProgress
     from ultramem.runtime.train import Stopped, train
 
-    corpus = load_corpus(args.data)
+    corpus = load_corpus(recipe.data)
+    if recipe.data_sha256 not in (None, corpus.sha256):
+        raise ValueError(f"data: {corpus.name} is not the text that {args.config} names (sha256 differs)")
     try:
         with TrainingProgress() as progress:
             result = train(
-                model_config,
-                config,
+                recipe.model,
+                recipe.train,
                 corpus,
                 args.out,
                 resume=args.resume,
                 device=_device(args.device),
+                tensorboard=args.tensorboard,
                 progress=progress,
             )
     except Stopped as stop:
@@ -174,40 +191,25 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         raise KeyboardInterrupt(str(stop)) from stop
     summary: dict[str, Any] = {
         "run": str(args.out),
-        "preset": args.preset,
+        "preset": recipe.preset,
         "step": result.step,
-        "seed": config.seed,
+        "weights_step": result.weights_step,
+        "seed": recipe.train.seed,
         "train_loss": result.train_loss,
         "held_out": result.held_out._asdict(),
         "out_of_domain": result.out_of_domain._asdict() if result.out_of_domain else None,
         "seconds": result.seconds,
     }
     if not args.json:
-        outside = result.out_of_domain
-        print(
-            f"{args.out}: {result.held_out.bits_per_byte:.4f} bits per byte on held-out text"
-            + (f", {outside.bits_per_byte:.4f} out of domain" if outside else "")
-            + f" after {result.step} steps, {result.seconds:.0f} s (seed {config.seed})"
-        )
+        print(f"{args.out}: {result.step} steps in {result.seconds:.0f} s, seed {recipe.train.seed}")
+        if result.weights_step != result.step:
+            print(f"  weights of step {result.weights_step}, the best on held-out text")
+        for name, evaluation in (("held-out", result.held_out), ("out-of-domain", result.out_of_domain)):
+            if evaluation is not None:
+                print(
+                    f"  {name} text: {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte"
+                )
     return summary
-
-
-def _train_config(args: argparse.Namespace) -> TrainConfig:
-    """Defaults, then the TOML file, then flags."""
-    import tomllib
-
-    options: dict[str, Any] = {}
-    if args.config is not None:
-        try:
-            options = tomllib.loads(args.config.read_text())
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"config: {args.config} is not valid TOML: {error}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"config: {args.config} is not UTF-8 text: {error}") from error
-    for field in dataclasses.fields(TrainConfig):
-        if (value := getattr(args, field.name)) is not None:
-            options[field.name] = value
-    return from_dict(TrainConfig, options)
 
 
 def _device(name: str) -> str:
@@ -227,7 +229,6 @@ def _device(name: str) -> str:
 
 
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
-    from ultramem.config import from_dict
     from ultramem.graph.weights import load, read_config
     from ultramem.runtime.data import evaluation_batches, load_corpus
     from ultramem.runtime.evaluate import evaluate, make_summed_loss

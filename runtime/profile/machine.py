@@ -16,7 +16,7 @@ import torch
 
 BANDWIDTH_BYTES = 256 * 2**20  # eight times a 32 MiB last-level cache
 GEMM_SIZE = 1024  # 2.1 GFLOP, large enough for a CPU to run at the full rate
-GPU_GEMM_SIZE = 8192  # 1.1 TFLOP, about a millisecond on the fastest
+GEMM_SECONDS = 0.01  # a product that takes so long runs at the full rate, on any device
 REPEATS = 7
 PACKAGES = ("ultramem", "torch", "onnxruntime", "onnx", "triton", "numpy")
 
@@ -81,10 +81,14 @@ def measure_machine(
 @functools.cache
 def gemm_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs per second of a large square matrix product in `dtype`; measured once a process (0.3 s on two cores)."""
-    size = GPU_GEMM_SIZE if device.type == "cuda" else GEMM_SIZE
     generator = torch.Generator(device).manual_seed(0)  # the global one belongs to whoever trains here
-    left, right = (torch.rand(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
-    return 2 * size**3 / _median_seconds(lambda: left @ right, device)
+    size = 256
+    while True:
+        left, right = (torch.rand(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+        seconds = _median_seconds(functools.partial(torch.mm, left, right), device)
+        if seconds > GEMM_SECONDS:
+            return 2 * size**3 / seconds
+        size *= 2
 
 
 def device_name(device: torch.device) -> str:
