@@ -95,6 +95,12 @@ def _build_parser() -> _Parser:
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     _add_config_flags(sub, TrainConfig)
 
+    sub = command(
+        "report", _report, "Curves of runs, finished or not, and the health of their memory, as one HTML file."
+    )
+    sub.add_argument("run_folders", type=Path, nargs="+", metavar="RUN")
+    sub.add_argument("--out", required=True, type=Path, metavar="FILE.html", help="file to write")
+
     sub = command("eval", _eval, "Loss and bits per byte of a run on held-out text.")
     sub.add_argument("run_folder", type=Path, metavar="RUN")
     sub.add_argument("--data", metavar="D", help="other text than the run's: all of it is evaluated on")
@@ -226,6 +232,19 @@ def _device(name: str) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device must be one of the {torch.cuda.device_count()} CUDA devices here, got {name!r}")
     return name
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    from ultramem.runtime.report import read_training_run, render_training, write_report
+
+    if args.out.is_dir():
+        raise IsADirectoryError(f"out: {args.out} is a folder; name a file in it")
+    document = render_training([read_training_run(folder) for folder in args.run_folders])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_report(args.out, document)
+    if not args.json:
+        print(args.out)
+    return {"out": str(args.out), "runs": [str(folder) for folder in args.run_folders]}
 
 
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
