@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import nn
 
 from ultramem.graph.weights import CONFIG_FILE, WEIGHTS_FILE, save_weights, write_atomically
+from ultramem.runtime.tokenizer import TOKENIZER_FILE
 
 RECORD_FILE = "best.json"
-TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +36,7 @@ def save_best(folder: Path, best: Best, model: nn.Module, run: Path) -> None:
     """
     folder.mkdir(exist_ok=True)
     for name in (CONFIG_FILE, TOKENIZER_FILE):
-        if (run / name).is_file():
-            write_atomically(folder / name, (run / name).read_bytes())
+        write_atomically(folder / name, (run / name).read_bytes())
     save_weights(model, folder)
     write_atomically(folder / RECORD_FILE, json.dumps(asdict(best)).encode() + b"\n")
 

@@ -15,13 +15,15 @@ from ultramem.runtime.data import IGNORE, Batch
 
 
 class Evaluation(NamedTuple):
-    """Means over `tokens` predicted bytes."""
+    """Means over `tokens` predicted tokens, which stand for `text_bytes` bytes of UTF-8 text."""
 
     loss: float
     """Nats per token."""
     bits_per_byte: float
     perplexity: float
+    """Of a token."""
     tokens: int
+    text_bytes: int
 
 
 SummedLoss = Callable[[Tensor, Tensor], Tensor]
@@ -37,8 +39,17 @@ def make_summed_loss(model: Transformer, *, compiled: bool) -> SummedLoss:
     return torch.compile(summed_loss, fullgraph=True, dynamic=True) if compiled else summed_loss
 
 
-def evaluate(model: Transformer, summed_loss: SummedLoss, batches: Iterable[Batch]) -> Evaluation:
+def evaluate(
+    model: Transformer, summed_loss: SummedLoss, batches: Iterable[Batch], *, token_bytes: Tensor | None = None
+) -> Evaluation:
     """Evaluate in eval mode and without gradients; the model's mode is put back.
+
+    Args:
+        model: what is evaluated.
+        summed_loss: see `make_summed_loss`.
+        batches: see `evaluation_batches`.
+        token_bytes: bytes of text that each token id stands for, int64 [vocab_size] (a tokenizer's `token_bytes`);
+            None: one each.
 
     Raises:
         ValueError: the batches hold no target.
@@ -46,15 +57,20 @@ def evaluate(model: Transformer, summed_loss: SummedLoss, batches: Iterable[Batc
     device = model.embedding.weight.device
     was_training = model.training
     model.eval()
-    total, tokens = 0.0, 0
+    total, tokens, text_bytes = 0.0, 0, 0
     try:
         with torch.no_grad():
             for inputs_BS, targets_BS in batches:
                 total += float(summed_loss(inputs_BS.to(device), targets_BS.to(device)))
-                tokens += int((targets_BS != IGNORE).sum())
+                counted_N = targets_BS[targets_BS != IGNORE]
+                tokens += len(counted_N)
+                text_bytes += len(counted_N) if token_bytes is None else int(token_bytes[counted_N].sum())
     finally:
         model.train(was_training)
     if not tokens:
         raise ValueError("the text to evaluate on holds no token")
+    if not text_bytes:
+        raise ValueError(f"token_bytes must be above 0 for the {tokens} tokens to evaluate on, got 0 bytes in all")
     loss = total / tokens
-    return Evaluation(loss, loss / math.log(2), math.exp(min(loss, 700.0)), tokens)
+    bits_per_byte = loss / math.log(2) * (tokens / text_bytes)
+    return Evaluation(loss, bits_per_byte, math.exp(min(loss, 700.0)), tokens, text_bytes)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ultramem.runtime.data import END_OF_TEXT
 from ultramem.runtime.engine import Engine
+from ultramem.runtime.tokenizer import END_OF_TEXT
 
 
 def generate(
@@ -20,6 +20,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    end_of_text: int = END_OF_TEXT,
 ) -> Iterator[int]:
     """New tokens one by one; ends before an end-of-text token.
 
@@ -31,6 +32,7 @@ def generate(
         temperature: 0 takes the likeliest token (of equal ones the lowest); above, the distribution is sampled.
         top_p: sample from the likeliest tokens whose probabilities add up to this.
         seed: of the sampling.
+        end_of_text: the tokenizer's; the default is that of bytes.
 
     Raises:
         ValueError: an argument is out of range, or the context would be too long.
@@ -47,17 +49,23 @@ def generate(
         raise ValueError(f"temperature must be at least 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    return _generate(engine, prompt, max_new_tokens, temperature, top_p, seed)
+    return _generate(engine, prompt, max_new_tokens, temperature, top_p, seed, end_of_text)
 
 
 def _generate(
-    engine: Engine, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float, seed: int
+    engine: Engine,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    end_of_text: int,
 ) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     logits_BSV, cache = engine.prefill(torch.tensor([prompt]))
     for index in range(max_new_tokens):
         token = _pick(logits_BSV[0, -1], temperature, top_p, generator)
-        if token == END_OF_TEXT:
+        if token == end_of_text:
             return
         yield token
         if index + 1 < max_new_tokens:

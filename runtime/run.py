@@ -1,10 +1,10 @@
-"""A run folder: config.json, metrics.jsonl, checkpoints/, best/, model.safetensors, exports/."""
+"""A run folder: config.json, tokenizer.json, metrics.jsonl, checkpoints/, best/, model.safetensors, exports/."""
 
 from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import ultramem
 from ultramem.config import ModelConfig, TrainConfig, to_dict
 from ultramem.graph.weights import CONFIG_FILE, WEIGHTS_FILE, read_config, write_atomically, write_config
 from ultramem.runtime.data import Corpus
+from ultramem.runtime.tokenizer import TOKENIZER_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,13 @@ class RunFolder:
         Raises:
             FileExistsError: the folder holds something and `resume` is off, or it is something else than a run.
             ValueError: resuming under another model, training configuration or text; the first difference is named.
+                Or the model's vocabulary is not the tokenizer's.
         """
+        if model.vocab_size != corpus.tokenizer.vocab_size:
+            raise ValueError(
+                f"vocab_size must be {corpus.tokenizer.vocab_size}, as the tokenizer of {corpus.name} has, "
+                f"got {model.vocab_size}"
+            )
         description = describe(model, train, corpus)
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"out: {self.path} exists and is not a folder")
@@ -72,14 +79,15 @@ class RunFolder:
                         raise ValueError(
                             f"resume: {section}.{name} must be {was!r} as in {self.path / CONFIG_FILE}, got {value!r}"
                         )
-            _save_tokenizer(corpus, self.path)
+            if not (self.path / TOKENIZER_FILE).exists():  # killed between the two files, or a run of an older version
+                corpus.tokenizer.save(self.path)
             return
         if names:
             raise FileExistsError(f"out: the folder {self.path} exists already and is not a run (no {CONFIG_FILE})")
         self.path.mkdir(parents=True, exist_ok=True)
         sections = {name: fields for name, fields in description.items() if name != "model"}
         write_config(self.path, model, **sections, environment=environment())
-        _save_tokenizer(corpus, self.path)
+        corpus.tokenizer.save(self.path)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl; a last line cut off by a kill is left out."""
@@ -110,18 +118,6 @@ def describe(model: ModelConfig, train: TrainConfig, corpus: Corpus) -> dict[str
         "train": to_dict(train),
         "data": {"name": corpus.name, "sha256": corpus.sha256},
     }
-
-
-def with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
-    """`model` with the vocabulary of the corpus's tokenizer."""
-    tokenizer = getattr(corpus, "tokenizer", None)
-    return model if tokenizer is None else replace(model, vocab_size=tokenizer.vocab_size)
-
-
-def _save_tokenizer(corpus: Corpus, folder: Path) -> None:
-    tokenizer = getattr(corpus, "tokenizer", None)
-    if tokenizer is not None:
-        tokenizer.save(folder)
 
 
 def environment() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,14 +23,14 @@ from ultramem.graph import build_model
 from ultramem.graph.weights import save_weights
 from ultramem.runtime.best import Best, load_best, read_best, save_best
 from ultramem.runtime.checkpoint import load_latest_checkpoint, restore, save_checkpoint, state_tensors
-from ultramem.runtime.data import Batch, Corpus, evaluation_batches, training_batch
+from ultramem.runtime.data import Batch, Corpus, Documents, Stream, evaluation_batches, training_batch
 from ultramem.runtime.determinism import deterministic_algorithms
 from ultramem.runtime.evaluate import Evaluation, evaluate, make_summed_loss
 from ultramem.runtime.health import MemoryHealth
 from ultramem.runtime.metrics import MetricsLog, require_tensorboard
 from ultramem.runtime.optimizers import build_optimizers, cast_tables, sync
 from ultramem.runtime.profile.machine import gemm_flops_per_second
-from ultramem.runtime.run import RunFolder, describe, with_vocabulary
+from ultramem.runtime.run import RunFolder, describe
 from ultramem.runtime.stop_signals import StopFlag, Stopped, stop_signals
 from ultramem.runtime.train_step import TrainStep, autocast_dtype, check_finite
 
@@ -94,7 +95,7 @@ def train(
     training_batch(stream, step=0, seed=0, batch_size=1, sequence_length=config.sequence_length)  # long enough?
     if tensorboard:
         require_tensorboard()
-    model_config = with_vocabulary(model_config, corpus)
+    model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
     run = RunFolder(out)
     run.create(model_config, config, corpus, resume=resume)
     with deterministic_algorithms(), stop_signals() as stop:
@@ -108,7 +109,7 @@ class _Trainer:
         model_config: ModelConfig,
         config: TrainConfig,
         corpus: Corpus,
-        stream: Tensor,
+        stream: Tensor | Stream,
         folder: RunFolder,
         device: torch.device,
         progress: Progress | None,
@@ -216,10 +217,15 @@ class _Trainer:
         sync(self.optimizers)
         return self.config.steps
 
-    def _evaluate(self, documents: tuple[Tensor, ...], max_tokens: int | None) -> Evaluation:
-        return evaluate(self.model, self.eval_loss, self._batches(documents, max_tokens))
+    def _evaluate(self, documents: Documents, max_tokens: int | None) -> Evaluation:
+        return evaluate(
+            self.model,
+            self.eval_loss,
+            self._batches(documents, max_tokens),
+            token_bytes=self.corpus.tokenizer.token_bytes,
+        )
 
-    def _batches(self, documents: tuple[Tensor, ...], max_tokens: int | None) -> Iterator[Batch]:
+    def _batches(self, documents: Documents, max_tokens: int | None) -> Iterator[Batch]:
         return evaluation_batches(
             documents,
             batch_size=self.config.micro_batch_size,
@@ -240,6 +246,7 @@ def _eval_row(step: int, split: str, evaluation: Evaluation) -> dict[str, Any]:
         "bits_per_byte": evaluation.bits_per_byte,
         "perplexity": evaluation.perplexity,
         "tokens": evaluation.tokens,
+        "text_bytes": evaluation.text_bytes,
     }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ultramem.config import TrainConfig
 from ultramem.graph import Transformer
-from ultramem.runtime.data import step_seed, training_batch
+from ultramem.runtime.data import Stream, step_seed, training_batch
 from ultramem.runtime.optimizers import clip_gradients
 from ultramem.runtime.schedule import learning_rate, value_lr_ratio
 
@@ -32,7 +32,7 @@ class TrainStep:
         model: Transformer,
         optimizers: Sequence[torch.optim.Optimizer],
         config: TrainConfig,
-        stream: Tensor,
+        stream: Tensor | Stream,
     ) -> None:
         self.model, self.optimizers, self.config, self.stream = model, optimizers, config, stream
         self.device = model.embedding.weight.device

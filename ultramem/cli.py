@@ -12,10 +12,12 @@ import signal
 import sys
 import typing
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ultramem.config import TrainConfig, from_dict
+from ultramem.data_cli import add_data_commands
 
 if TYPE_CHECKING:
     from ultramem.graph import Transformer
@@ -63,11 +65,14 @@ def _build_parser() -> _Parser:
     parser = _Parser(prog="ultramem", description="Train, export and profile transformers with memory layers.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    def command(name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help_text, description=help_text)
+    def finish(sub: argparse.ArgumentParser, run: Any) -> None:
         sub.add_argument("--json", action="store_true", help="one JSON object, last on stdout")
         sub.add_argument("--traceback", action="store_true", help="show where bad input was noticed")
         sub.set_defaults(run=run)
+
+    def command(name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_text, description=help_text)
+        finish(sub, run)
         return sub
 
     sub = command("params", _params, "Count the parameters and FLOPs of a preset, by arithmetic.")
@@ -75,7 +80,7 @@ def _build_parser() -> _Parser:
 
     sub = command("train", _train, "Train a preset on text, into a run folder.")
     sub.add_argument("--preset", metavar="P", help="see `ultramem params --help`, or ultramem.presets()")
-    sub.add_argument("--data", metavar="D", help="austen, a text file, or a folder of *.txt")
+    sub.add_argument("--data", metavar="D", help="austen, gutenberg, text files, or prepared data")
     sub.add_argument("--out", required=True, type=Path, metavar="RUN", help="run folder to write")
     sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN, or from step 0")
     sub.add_argument(
@@ -128,6 +133,9 @@ def _build_parser() -> _Parser:
     sub.add_argument("--batch", default="1,8", metavar="B[,B...]", help="(default: 1,8)")
     sub.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="length of the prefill (default: 128)")
     sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for profile.json and report.html")
+
+    help_text = "Download text, or tokenise it once into shards."
+    add_data_commands(commands.add_parser("data", help=help_text, description=help_text), finish)
     return parser
 
 
@@ -249,8 +257,9 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
     from ultramem.graph.weights import load, read_config
-    from ultramem.runtime.data import evaluation_batches, load_corpus
+    from ultramem.runtime.data import Documents, evaluation_batches, load_corpus
     from ultramem.runtime.evaluate import evaluate, make_summed_loss
+    from ultramem.runtime.tokenizer import load_tokenizer
 
     model = load(args.run_folder)
     document = read_config(args.run_folder)
@@ -258,30 +267,38 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     length = config.sequence_length if args.sequence_length is None else args.sequence_length
     if not 1 <= length <= model.config.max_positions:
         raise ValueError(f"sequence_length must be in 1..{model.config.max_positions}, got {length}")
-    corpus = load_corpus(args.data or document["data"]["name"])
+    tokenizer = load_tokenizer(args.run_folder)
+    corpus = load_corpus(args.data or document["data"]["name"], tokenizer=tokenizer)
+    parts: dict[str, tuple[Documents, ...]]
     if args.data:
-        parts = {"all": tuple(a for pair in zip(corpus.train, corpus.held_out, strict=True) for a in pair)}
+        parts = {"all": (corpus.train, corpus.held_out)}
     else:
         if corpus.sha256 != document["data"]["sha256"]:
             raise ValueError(
                 f"data: {corpus.name} is not the text that {args.run_folder} was trained on (sha256 differs)"
             )
-        parts = {"held_out": corpus.held_out, "out_of_domain": corpus.out_of_domain}
+        parts = {"held_out": (corpus.held_out,), "out_of_domain": (corpus.out_of_domain,)}
     loss = make_summed_loss(model, compiled=args.compile)
     result: dict[str, Any] = {"run": str(args.run_folder), "data": corpus.name, "sequence_length": length}
-    for name, documents in parts.items():
-        if documents:
-            batches = evaluation_batches(documents, batch_size=config.batch_size, sequence_length=length)
-            result[name] = evaluate(model, loss, batches)._asdict()
+    for name, part in parts.items():
+        if any(part):
+            batches = chain.from_iterable(
+                evaluation_batches(documents, batch_size=config.batch_size, sequence_length=length)
+                for documents in part
+            )
+            result[name] = evaluate(model, loss, batches, token_bytes=tokenizer.token_bytes)._asdict()
     main_part = result[next(iter(parts))]
     result |= {name: main_part[name] for name in ("loss", "bits_per_byte", "perplexity")}
     if not args.json:
         for name in parts:
             if name in result:
-                part = result[name]
+                means = result[name]
+                over = f"{means['text_bytes']:,} bytes"
+                if means["tokens"] != means["text_bytes"]:
+                    over = f"{means['tokens']:,} tokens, {over}"
                 print(
-                    f"{name}: {part['bits_per_byte']:.4f} bits per byte, loss {part['loss']:.4f} nats, "
-                    f"perplexity {part['perplexity']:.3f} over {part['tokens']:,} bytes"
+                    f"{name}: {means['bits_per_byte']:.4f} bits per byte, loss {means['loss']:.4f} nats, "
+                    f"perplexity {means['perplexity']:.3f} over {over}"
                 )
     return result
 
@@ -306,9 +323,10 @@ def _engine(name: str, run_folder: Path, artifact: Path | None) -> Engine:
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from ultramem.graph.weights import read_model_config
     from ultramem.runtime.generate import generate
-    from ultramem.runtime.tokenizer import decode, decode_stream, encode
+    from ultramem.runtime.tokenizer import load_tokenizer
 
-    prompt = encode(args.prompt)
+    tokenizer = load_tokenizer(args.run_folder)
+    prompt = [tokenizer.end_of_text, *tokenizer.encode(args.prompt)]
     config = read_model_config(args.run_folder)
     tokens = generate(
         _engine(args.engine, args.run_folder, args.artifact),
@@ -318,6 +336,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
+        end_of_text=tokenizer.end_of_text,
     )
     new: list[int] = []
 
@@ -330,10 +349,10 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
         new = list(tokens)
     else:
         print(args.prompt, end="", flush=True)
-        for piece in decode_stream(kept()):
+        for piece in tokenizer.decode_stream(kept()):
             print(piece, end="", flush=True)
         print()
-    return {"engine": args.engine, "prompt": args.prompt, "text": decode(new), "tokens": new}
+    return {"engine": args.engine, "prompt": args.prompt, "text": tokenizer.decode(new), "tokens": new}
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from ultramem.runtime import tokenizer
 from ultramem.runtime.data import END_OF_TEXT, IGNORE, evaluation_batches, load_corpus, training_batch
 
 
@@ -86,13 +85,3 @@ def test_max_tokens_takes_from_every_document():
     batches = evaluation_batches(documents, batch_size=4, sequence_length=8, max_tokens=40)
     targets = torch.cat([batch.targets_BS.flatten() for batch in batches])
     assert (targets == 0).sum() == (targets == 1).sum() == 20
-
-
-@pytest.mark.parametrize("text", ["", "plain", "naïve café ☕ 🜁"])
-def test_tokens_round_trip(text):
-    tokens = tokenizer.encode(text)
-    assert tokens[0] == END_OF_TEXT
-    assert tokenizer.decode(tokens) == text
-    assert "".join(tokenizer.decode_stream(tokens)) == text
-    assert all(piece.isprintable() for piece in tokenizer.decode_stream(tokens))
-    assert tokenizer.decode([0xE2, 0x98]) == "\ufffd"
