@@ -15,6 +15,8 @@ class ValueTable(nn.Module):
         values_NV: the rows.
         sparse_grad: gradients of the table are sparse COO tensors of the touched rows instead of dense [N,V] ones.
             Optimisers that work on touched rows set it.
+        lazy_rows: what such an optimiser owes the rows that it has not written of late; they are made up as they are
+            read. None: `values_NV` is up to date.
         row_use_N: how often each row was read in training since it was last set to zero, int64; None unless
             `count_row_use` was called. Not part of the state dict.
     """
@@ -25,6 +27,7 @@ class ValueTable(nn.Module):
         super().__init__()
         self.values_NV = nn.Parameter(torch.empty(rows, value_dim))
         self.sparse_grad = False
+        self.lazy_rows: ops.LazyRows | None = None
         self.register_buffer("row_use_N", None, persistent=False)
 
     def count_row_use(self) -> None:
@@ -38,6 +41,7 @@ class ValueTable(nn.Module):
         if self.row_use_N is not None and self.training:
             rows = (indices_TK % values_NV.shape[0]).flatten()
             self.row_use_N.index_add_(0, rows, torch.ones_like(rows))
-        return ops.lookup_reduce(
-            values_NV, indices_TK, scores_TKC.to(values_NV.dtype), num_blocks=num_blocks, sparse_grad=self.sparse_grad
-        )
+        scores_TKC = scores_TKC.to(values_NV.dtype)
+        if self.lazy_rows is not None:
+            return ops.lookup_reduce_lazy(values_NV, self.lazy_rows, indices_TK, scores_TKC, num_blocks=num_blocks)
+        return ops.lookup_reduce(values_NV, indices_TK, scores_TKC, num_blocks=num_blocks, sparse_grad=self.sparse_grad)

@@ -1,20 +1,27 @@
 """The stages of a memory layer that a compiler cannot derive, each as `torch.ops.ultramem.<op>`."""
 
 from ultramem.ops import reference
+from ultramem.ops.catch_up import LazyRows, catch_up_
 from ultramem.ops.implementation import Implementation, use_implementation
 from ultramem.ops.lookup_reduce import lookup_reduce
+from ultramem.ops.lookup_reduce_lazy import lookup_reduce_lazy
 from ultramem.ops.permute_addresses import address_table, permute_addresses
 from ultramem.ops.product_topk import TopK, product_topk
+from ultramem.ops.round_stochastically import round_stochastically
 from ultramem.ops.tucker_topk import tucker_topk
 
 __all__ = [
     "Implementation",
+    "LazyRows",
     "TopK",
     "address_table",
+    "catch_up_",
     "lookup_reduce",
+    "lookup_reduce_lazy",
     "permute_addresses",
     "product_topk",
     "reference",
+    "round_stochastically",
     "tucker_topk",
     "use_implementation",
 ]

@@ -1,8 +1,9 @@
 """The oracle of each op: plain PyTorch, any floating dtype, any device."""
 
 from ultramem.ops.lookup_reduce import lookup_reduce_reference as lookup_reduce
+from ultramem.ops.lookup_reduce_lazy import lookup_reduce_lazy_reference as lookup_reduce_lazy
 from ultramem.ops.permute_addresses import permute_addresses_reference as permute_addresses
 from ultramem.ops.product_topk import product_topk_reference as product_topk
 from ultramem.ops.tucker_topk import tucker_topk_reference as tucker_topk
 
-__all__ = ["lookup_reduce", "permute_addresses", "product_topk", "tucker_topk"]
+__all__ = ["lookup_reduce", "lookup_reduce_lazy", "permute_addresses", "product_topk", "tucker_topk"]
