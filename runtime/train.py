@@ -28,7 +28,7 @@ from ultramem.runtime.determinism import deterministic_algorithms
 from ultramem.runtime.evaluate import Evaluation, evaluate, make_summed_loss
 from ultramem.runtime.health import MemoryHealth
 from ultramem.runtime.metrics import MetricsLog, require_tensorboard
-from ultramem.runtime.optimizers import build_optimizers, cast_tables, sync
+from ultramem.runtime.optimizers import make_optimizers, sync
 from ultramem.runtime.profile.machine import gemm_flops_per_second
 from ultramem.runtime.run import RunFolder, describe
 from ultramem.runtime.stop_signals import StopFlag, Stopped, stop_signals
@@ -121,8 +121,7 @@ class _Trainer:
         ).hexdigest()
         torch.manual_seed(config.seed)
         self.model = build_model(model_config, device=device)
-        cast_tables(self.model, getattr(torch, config.table_dtype))
-        self.optimizers = build_optimizers(self.model, config)
+        self.optimizers = make_optimizers(self.model, config)
         self.health_every = config.eval_every if config.health_every is None else config.health_every
         self.health = MemoryHealth(self.model) if self.health_every else None
         self.step = TrainStep(self.model, self.optimizers, config, stream)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ultramem.config import TrainConfig
 from ultramem.graph import Transformer
+from ultramem.optim import clip_grad_norm_
 from ultramem.runtime.data import Stream, step_seed, training_batch
-from ultramem.runtime.optimizers import clip_gradients
 from ultramem.runtime.schedule import learning_rate, value_lr_ratio
 
 TrainLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -52,7 +52,7 @@ class TrainStep:
             for group in optimizer.param_groups:
                 group["lr"] = value_lr if group["name"] == "values" else lr
         loss, aux_loss = self._backward(step)
-        grad_norm = clip_gradients(self.model, config.max_grad_norm).item()
+        grad_norm = clip_grad_norm_(self.model.parameters(), config.max_grad_norm or math.inf).item()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

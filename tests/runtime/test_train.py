@@ -234,8 +234,19 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(small_model, small_t
         assert (gradients[accumulate] - gradients[1]).abs().max() < 1e-6 * gradients[1].abs().max()
 
 
-def test_resuming_micro_batches_gives_the_same_bits(small_model, small_train, text, tmp_path):
-    corpus, config = load_corpus(text), replace(small_train, accumulate=2)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"accumulate": 2},
+        {"table_optimizer": "lazy_adamw"},
+        {"table_optimizer": "row_adagrad", "accumulate": 2},
+        {"table_optimizer": "lazy_adamw", "table_dtype": "bfloat16"},
+        {"table_dtype": "bfloat16", "precision": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_resuming_gives_the_same_bits_however_it_is_trained(small_model, small_train, text, tmp_path, fields):
+    corpus, config = load_corpus(text), replace(small_train, **fields)
     train(small_model, config, corpus, tmp_path / "whole")
     with pytest.raises(RuntimeError, match="plug"):
         train(small_model, config, corpus, tmp_path / "cut", progress=_StopAt(3))
@@ -275,6 +286,15 @@ def test_the_best_weights_are_kept(small_model, small_train, misleading_text, tm
     resumed = train(small_model, config, misleading_text, tmp_path / "cut", resume=True)
     assert (resumed.weights_step, resumed.held_out) == (result.weights_step, result.held_out)
     assert (tmp_path / "cut/best/model.safetensors").read_bytes() == weights[1]
+
+
+def test_bfloat16_tables_stay_so_on_disk(small_model, small_train, text, tmp_path):
+    result = train(small_model, replace(small_train, table_dtype="bfloat16"), load_corpus(text), tmp_path / "run")
+    model = ultramem.load(tmp_path / "run")
+    assert model.memories[0].table.values_NV.dtype == torch.bfloat16
+    assert model.embedding.weight.dtype == torch.float32
+    batches = evaluation_batches(load_corpus(text).held_out, batch_size=2, sequence_length=16)
+    assert evaluate(model, make_summed_loss(model, compiled=False), batches) == result.held_out
 
 
 def test_as_many_checkpoints_as_asked_for_are_kept(small_model, small_train, text, tmp_path):
