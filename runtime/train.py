@@ -87,12 +87,14 @@ def train(
     Raises:
         FileExistsError: `out` holds something and `resume` is off.
         ImportError: TensorBoard is asked for and not installed.
-        ValueError: the text is shorter than a sequence, `resume` meets another configuration or a damaged file, or
-            the loss is no longer finite.
+        ValueError: the text is shorter than a sequence or none is held out, `resume` meets another configuration or a
+            damaged file, or the loss is no longer finite.
         Stopped: on SIGINT or SIGTERM, after a checkpoint.
     """
     stream = corpus.train_stream()
     training_batch(stream, step=0, seed=0, batch_size=1, sequence_length=config.sequence_length)  # long enough?
+    if not any(len(document) for document in corpus.held_out):
+        raise ValueError(f"data: {corpus.name} holds no text to evaluate on")
     if tensorboard:
         require_tensorboard()
     model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
@@ -154,12 +156,11 @@ class _Trainer:
                     self.progress.step(row, config.steps)
                 for report in self._reports(step):
                     write(report)
-                last = step == config.steps
-                stopped = self.stop.signum is not None
-                if last or stopped or step % config.checkpoint_every == 0:
+                last, signum = step == config.steps, self.stop.signum
+                if last or signum is not None or step % config.checkpoint_every == 0:
                     self._save_checkpoint(step)
-                if self.stop.signum is not None and stopped and not last:
-                    raise Stopped(step, self.stop.signum)
+                if signum is not None and not last:
+                    raise Stopped(step, signum)
             weights_step = self._final_weights()
             held_out = self._evaluate(self.corpus.held_out, None)
             write(_eval_row(config.steps, "held_out", held_out))
@@ -209,12 +210,12 @@ class _Trainer:
 
     def _final_weights(self) -> int:
         """Leave the weights that the run ends with in the model; returns their step."""
-        if self.config.save == "best":
-            assert self.best is not None
-            load_best(self.folder.best, self.model)
-            return self.best.step
-        sync(self.optimizers)
-        return self.config.steps
+        sync(self.optimizers)  # also before other weights come in: no row may be stale then
+        if self.config.save == "last":
+            return self.config.steps
+        assert self.best is not None
+        load_best(self.folder.best, self.model)
+        return self.best.step
 
     def _evaluate(self, documents: Documents, max_tokens: int | None) -> Evaluation:
         return evaluate(
