@@ -96,18 +96,18 @@ def _cores(layers: dict[str, list[dict[str, Any]]]) -> list[str]:
             for head in range(heads)
             for place in range(rank)
         ]
-        names = ", ".join(f"head {head + 1}" for head in range(heads))
-        panels.append(_chart(curves, f"Singular values of the cores, {name}", f"{rank} values each of {names}"))
+        names = legend((f"head {head + 1}", SERIES[head % len(SERIES)]) for head in range(heads))
+        panels.append(_chart(curves, f"Singular values of the cores, {name}", f"{rank} of each head", names))
     return panels
 
 
-def _chart(curves: Sequence[Curve], title: str, unit: str) -> str:
+def _chart(curves: Sequence[Curve], title: str, unit: str, names: str = "") -> str:
     if not curves:
         return ""
     high = 1.1 * max(y for curve in curves for _, y in curve.points) or 1.0
     low = min(0.0, 1.1 * min(y for curve in curves for _, y in curve.points))
     chart = line_chart(curves, x_title="training step", y_title=unit, y_low=low, y_high=high, summary=title)
-    return f"<div><h3>{escape(title)}</h3>{chart}</div>"
+    return f"<div><h3>{escape(title)}</h3>{names}{chart}</div>"
 
 
 def _newest_tables(run: TrainingRun, pointer: str) -> str:

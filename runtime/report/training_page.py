@@ -75,6 +75,7 @@ def _headline(runs: Sequence[TrainingRun]) -> str:
 
 def _results_section(runs: Sequence[TrainingRun]) -> str:
     splits = [split for split in SPLITS if any(run.last_evaluation(split) is not None for run in runs)]
+    goes_on = any(run.step < run.steps for run in runs)
     rows = []
     for index, run in enumerate(runs):
         here = f"/runs/{index}"
@@ -92,7 +93,7 @@ def _results_section(runs: Sequence[TrainingRun]) -> str:
         utilisation = statistics.median([value for _, value in run.training["mfu"]] or [0.0])
         cells += [
             Cell(text=f"{run.step:,}", path=f"{here}/step"),
-            Cell(text=f"{run.steps:,}", path=f"{here}/steps"),
+            *([Cell(text=f"{run.steps:,}", path=f"{here}/steps")] if goes_on else []),
             Cell(text=str(run.seed), path=f"{here}/seed"),
             Cell(text=scaled_text(run.parameters, "").strip(), path=f"{here}/parameters"),
             Cell(text=scaled_text(run.flops_per_token, "FLOP"), path=f"{here}/flops_per_token"),
@@ -104,7 +105,16 @@ def _results_section(runs: Sequence[TrainingRun]) -> str:
     headings = ["run"]
     for split in splits:
         headings += [f"{SPLITS[split]}, nats per token", f"{SPLITS[split]}, bits per byte"]
-    headings += ["steps done", "of", "seed", "parameters", "FLOPs per token", "tokens per second", "MFU", "time"]
+    headings += [
+        "steps",
+        *(["of"] if goes_on else []),
+        "seed",
+        "parameters",
+        "FLOPs per token",
+        "tokens per second",
+        "MFU",
+        "time",
+    ]
     note = (
         "Losses are of the final evaluation, on all of the text. Tokens per second and MFU (model FLOPs utilisation: "
         "three forwards' FLOPs per trained token, over the measured rate of a matrix product) are medians."
@@ -189,4 +199,5 @@ def _steps_section(runs: Sequence[TrainingRun]) -> str:
         "Steps",
         legend((run.name, color) for run, color in zip(runs, _colors(runs), strict=True)) if len(runs) > 1 else "",
         f'<div class="panels">{"".join(panels)}</div>',
+        note="What is far above the rest is cut off.",
     )
