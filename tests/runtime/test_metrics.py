@@ -34,16 +34,35 @@ def test_tensorboard_is_asked_for_where_it_is_missing(small_model, small_train, 
     assert not (tmp_path / "run").exists()
 
 
+class _StopAt:
+    def __init__(self, step):
+        self.at = step
+
+    def message(self, text):
+        pass
+
+    def evaluation(self, row):
+        pass
+
+    def step(self, row, steps):
+        if row["step"] == self.at:
+            raise RuntimeError("pulled the plug")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own, at its first import
 def test_tensorboard_shows_what_the_json_holds(small_model, small_train, text, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(small_model, small_train, load_corpus(text), tmp_path / "run", tensorboard=True)
+    corpus = load_corpus(text)
+    with pytest.raises(RuntimeError, match="plug"):  # step 5 is done, its checkpoint is of step 4
+        train(small_model, small_train, corpus, tmp_path / "run", tensorboard=True, progress=_StopAt(5))
+    train(small_model, small_train, corpus, tmp_path / "run", tensorboard=True, resume=True)
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
-    shown = {event.step: event.value for event in events.Scalars("train/loss")}
-    assert shown == pytest.approx(losses, rel=1e-6)
+    shown = events.Scalars("train/loss")
+    assert [event.step for event in shown] == [1, 2, 3, 4, 5, 6]
+    assert {event.step: event.value for event in shown} == pytest.approx(losses, rel=1e-6)
     assert [event.step for event in events.Scalars("memories.0/output_rms")] == [3, 6]
     assert [event.step for event in events.Scalars("held_out/bits_per_byte")] == [6]

@@ -224,7 +224,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(small_model, small_t
     for accumulate in (1, 2, 4):
         torch.manual_seed(0)
         model = ultramem.build_model(replace(small_model, dropout=0.0))
-        config = replace(small_train, batch_size=4, accumulate=accumulate)
+        config = replace(small_train, batch_size=4, accumulate=accumulate, max_grad_norm=0.0)
         step = TrainStep(model, [torch.optim.SGD(ultramem.param_groups(model, lr=0.0))], config, stream)
         step.optimizers[0].zero_grad = lambda set_to_none: None
         losses[accumulate] = step(1)["loss"]
@@ -232,6 +232,16 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(small_model, small_t
     for accumulate in (2, 4):
         assert losses[accumulate] == pytest.approx(losses[1], rel=1e-6)
         assert (gradients[accumulate] - gradients[1]).abs().max() < 1e-6 * gradients[1].abs().max()
+
+
+def test_value_tables_have_their_own_rate(small_model, small_train, text):
+    model = ultramem.build_model(small_model)
+    optimizer = torch.optim.SGD(ultramem.param_groups(model, lr=0.0))
+    config = replace(small_train, value_lr_decay=False, value_lr_ratio=7.0)
+    row = TrainStep(model, [optimizer], config, load_corpus(text).train_stream())(2)
+    assert row["value_lr"] == pytest.approx(7 * row["lr"])
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {"values": row["value_lr"], "weights": row["lr"], "scales": row["lr"]}
 
 
 @pytest.mark.parametrize(
