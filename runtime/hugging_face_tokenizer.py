@@ -23,9 +23,9 @@ _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the library `tokenizers`, used so that no byte is added or lost.
 
-    Spaces put before a text, truncation, padding and added special tokens are turned off, and special tokens are not
-    recognised in text. A tokenizer that still changes a text (one that lower-cases, or has an unknown token) raises
-    when it meets such a text: bits per byte of it would mean nothing.
+    Spaces put before a text, truncation, padding, BPE dropout and added special tokens are turned off, and special
+    tokens are not recognised in text. A tokenizer that still changes a text (one that lower-cases, or has an unknown
+    token) raises when it meets such a text: bits per byte of it would mean nothing.
 
     Args:
         document: the contents of a tokenizer.json.
@@ -107,6 +107,9 @@ def _as_strings(texts: Iterable[bytes]) -> Iterable[str]:
 def _without_additions(document: dict[str, Any]) -> dict[str, Any]:
     """The tokenizer's document with all that adds to a text or cuts it turned off."""
     document = copy.deepcopy(document) | {"truncation": None, "padding": None, "post_processor": None}
+    document.setdefault("added_tokens", [])
+    if "dropout" in document["model"]:
+        document["model"]["dropout"] = None  # another tokenisation each time
     normalizer = document.get("normalizer")
     if normalizer and normalizer["type"] == "Prepend":
         document["normalizer"] = None

@@ -54,8 +54,11 @@ class RunFolder:
         Raises:
             FileExistsError: the folder holds something and `resume` is off, or it is something else than a run.
             ValueError: resuming under another model, training configuration or text; the first difference is named.
-                Or the model's vocabulary is not the tokenizer's.
+                Or the model's vocabulary is not the tokenizer's, or nothing of the text is trained on or held out.
         """
+        for part, documents in (("train", corpus.train), ("held_out", corpus.held_out)):
+            if not documents:
+                raise ValueError(f"data: {corpus.name} has too little text for a {part} part, got no document of it")
         if model.vocab_size != corpus.tokenizer.vocab_size:
             raise ValueError(
                 f"vocab_size must be {corpus.tokenizer.vocab_size}, as the tokenizer of {corpus.name} has, "

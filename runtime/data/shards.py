@@ -22,6 +22,7 @@ from ultramem.runtime.data.documents import ShardedDocuments, ShardedTokens
 
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FOLDER = "progress"
+REQUEST_FILE = "request.json"  # in the progress folder
 FORMAT_VERSION = 1
 DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
 
