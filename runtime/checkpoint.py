@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from ultramem.graph.weights import write_atomically
 
 FORMAT_VERSION = 1
-KEEP = 2
 
 
 class Checkpoint(NamedTuple):
@@ -27,14 +27,12 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str
-) -> None:
-    """Write the checkpoint of `step` and delete all but the newest KEEP."""
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerprint: str, *, keep: int) -> None:
+    """Write the checkpoint of `step` and delete all but the newest `keep`."""
     from safetensors.torch import save
 
     folder.mkdir(exist_ok=True)
-    data = save(_tensors(model, optimizer))
+    data = save(tensors)
     path = folder / f"step-{step:08d}.safetensors"
     record = {
         "format_version": FORMAT_VERSION,
@@ -45,7 +43,7 @@ def save_checkpoint(
     write_atomically(path, data)
     write_atomically(path.with_suffix(".json"), json.dumps(record, indent=2).encode() + b"\n")
     _sync_folder(folder)
-    for old in _records(folder)[:-KEEP]:
+    for old in _records(folder)[:-keep]:
         old.unlink()  # the record first: a file of tensors without one is no checkpoint
         old.with_suffix(".safetensors").unlink(missing_ok=True)
     whole = {record.stem for record in _records(folder)}
@@ -82,29 +80,36 @@ def load_latest_checkpoint(folder: Path, fingerprint: str) -> Checkpoint | None:
     return Checkpoint(step, load(data))
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors into a model and optimiser of the same configuration."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    model.load_state_dict(
-        {name.removeprefix("model."): t for name, t in checkpoint.tensors.items() if name.startswith("model.")}
-    )
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            prefix = f"optimizer.{names[id(parameter)]}/"
-            optimizer.state[parameter] = {
-                name.removeprefix(prefix): tensor
-                for name, tensor in checkpoint.tensors.items()
-                if name.startswith(prefix)
-            }
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_tensors(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], others: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """All that a run goes on from, by name, on the CPU: weights, the state of each optimiser, and `others`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for parameter, state in optimizer.state.items():
-        for key, tensor in state.items():
-            tensors[f"optimizer.{names[id(parameter)]}/{key}"] = tensor
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, tensor in state.items():
+                tensors[f"optimizer.{names[id(parameter)]}/{key}"] = tensor
+    tensors |= {f"other.{name}": tensor for name, tensor in others.items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def restore(
+    tensors: dict[str, Tensor], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """Put the tensors of `state_tensors` into a model and optimisers of the same configuration; returns the others."""
+    model.load_state_dict(_under("model.", tensors))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = _under(f"optimizer.{names[id(parameter)]}/", tensors)
+                optimizer.state[parameter] = {name: tensor.to(parameter.device) for name, tensor in state.items()}
+    return _under("other.", tensors)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _records(folder: Path) -> list[Path]:

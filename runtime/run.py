@@ -1,4 +1,4 @@
-"""A run folder: config.json, tokenizer.json, metrics.jsonl, checkpoints/, model.safetensors, exports/."""
+"""A run folder: config.json, tokenizer.json, metrics.jsonl, checkpoints/, best/, model.safetensors, exports/."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """Like a run folder: config.json and the weights of the lowest held-out loss during training."""
+        return self.path / "best"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
 
     @property
     def weights(self) -> Path:

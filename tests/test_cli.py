@@ -61,6 +61,13 @@ def test_train_eval_generate(run, capsys):
     assert capsys.readouterr().out.startswith("She" + generated["text"])
 
 
+def test_report(run, tmp_path, capsys):
+    out = tmp_path / "new/page.html"
+    assert main(["report", str(run), str(run), "--out", str(out), "--json"]) == 0
+    assert last_json(capsys) == {"out": str(out), "runs": [str(run), str(run)]}
+    assert out.read_text().startswith("<!doctype html>")
+
+
 def test_sampling_follows_its_seed(run, capsys):
     texts = []
     for seed in (1, 1, 2):
@@ -104,7 +111,8 @@ TRAIN = ["train", "--preset", "dense-tiny", "--data", "austen"]
         ([*TRAIN, "--device", "cuda:99"], "got 'cuda:99'"),
         ([*TRAIN, "--sequence-length", "3000000"], "at least sequence_"),
         ([*TRAIN, "--config", "no.toml"], "no.toml"),
-        (["train", "--data", "austen"], "--preset"),
+        (["train", "--data", "austen"], "preset must be given"),
+        (["train", "--preset", "dense-tiny"], "data must be given"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
         ([], "COMMAND"),
     ],
@@ -154,6 +162,8 @@ def test_a_corrupt_checkpoint_is_one_line(run, text, tmp_path, capsys):
     ("words", "said"),
     [
         (["eval", "nowhere"], "nowhere is not a run folder"),
+        (["report", "RUN", "nowhere", "--out", "x.html"], "nowhere is not a run folder"),
+        (["report", "RUN", "--out", "."], "out: . is a folder"),
         (["eval", "RUN", "--sequence-length", "0"], "sequence_length must be in 1..4096, got 0"),
         (["eval", "RUN", "--data", "nothing.txt"], "nothing.txt"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere is not a run folder"),
@@ -176,7 +186,7 @@ def test_bad_input_about_a_run(words, said, run, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["", "params", "train", "eval", "generate", "export", "profile"])
+@pytest.mark.parametrize("command", ["", "params", "train", "report", "eval", "generate", "export", "profile"])
 def test_help(command, capsys):
     assert main([*command.split(), "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: ultramem {command}".rstrip())

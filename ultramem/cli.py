@@ -6,9 +6,7 @@ Exit codes: 0 done, 2 bad input (one line on stderr), 130 stopped by Ctrl-C with
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import signal
 import sys
 import typing
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ultramem.config import TrainConfig, from_dict
 from ultramem.data_cli import add_data_commands
+from ultramem.train_cli import add_train_commands
 
 if TYPE_CHECKING:
     from ultramem.graph import Transformer
@@ -78,14 +77,7 @@ def _build_parser() -> _Parser:
     sub = command("params", _params, "Count the parameters and FLOPs of a preset, by arithmetic.")
     sub.add_argument("preset", metavar="PRESET")
 
-    sub = command("train", _train, "Train a preset on text, into a run folder.")
-    sub.add_argument("--preset", required=True, metavar="P", help="see `ultramem params --help`, or ultramem.presets()")
-    sub.add_argument("--data", required=True, metavar="D", help="austen, gutenberg, text files, or prepared data")
-    sub.add_argument("--out", required=True, type=Path, metavar="RUN", help="run folder to write")
-    sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN, or from step 0")
-    sub.add_argument("--config", type=Path, metavar="F.toml", help="training options as TOML; flags win")
-    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    _add_config_flags(sub, TrainConfig)
+    add_train_commands(command)
 
     sub = command("eval", _eval, "Loss and bits per byte of a run on held-out text.")
     sub.add_argument("run_folder", type=Path, metavar="RUN")
@@ -120,21 +112,6 @@ def _build_parser() -> _Parser:
     return parser
 
 
-def _add_config_flags(parser: argparse.ArgumentParser, cls: type[TrainConfig]) -> None:
-    """A flag per field of the config; unset ones leave the TOML file's value or the default."""
-    hints = typing.get_type_hints(cls)
-    group = parser.add_argument_group("training options")
-    for field in dataclasses.fields(cls):
-        flag, hint = f"--{field.name.replace('_', '-')}", hints[field.name]
-        help_text = f"(default: {field.default})"
-        if hint is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
-        elif typing.get_origin(hint) is typing.Literal:
-            group.add_argument(flag, choices=typing.get_args(hint), default=None, help=help_text)
-        else:
-            group.add_argument(flag, type=hint, default=None, metavar="N" if hint is int else "X", help=help_text)
-
-
 def _params(args: argparse.Namespace) -> dict[str, Any]:
     from ultramem.counts import count
     from ultramem.presets import preset
@@ -153,87 +130,7 @@ def _params(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _train(args: argparse.Namespace) -> dict[str, Any]:
-    from ultramem.presets import preset
-
-    model_config, config = preset(args.preset), _train_config(args)
-    from ultramem.runtime.data import load_corpus
-    from ultramem.runtime.progress import TrainingProgress
-    from ultramem.runtime.train import Stopped, train
-
-    corpus = load_corpus(args.data)
-    try:
-        with TrainingProgress() as progress:
-            result = train(
-                model_config,
-                config,
-                corpus,
-                args.out,
-                resume=args.resume,
-                device=_device(args.device),
-                progress=progress,
-            )
-    except Stopped as stop:
-        if stop.signum == signal.SIGTERM:
-            print(f"ultramem train: {stop}", file=sys.stderr)
-            sys.exit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt(str(stop)) from stop
-    summary: dict[str, Any] = {
-        "run": str(args.out),
-        "preset": args.preset,
-        "step": result.step,
-        "seed": config.seed,
-        "train_loss": result.train_loss,
-        "held_out": result.held_out._asdict(),
-        "out_of_domain": result.out_of_domain._asdict() if result.out_of_domain else None,
-        "seconds": result.seconds,
-    }
-    if not args.json:
-        outside = result.out_of_domain
-        print(
-            f"{args.out}: {result.held_out.bits_per_byte:.4f} bits per byte on held-out text"
-            + (f", {outside.bits_per_byte:.4f} out of domain" if outside else "")
-            + f" after {result.step} steps, {result.seconds:.0f} s (seed {config.seed})"
-        )
-    return summary
-
-
-def _train_config(args: argparse.Namespace) -> TrainConfig:
-    """Defaults, then the TOML file, then flags."""
-    import tomllib
-
-    options: dict[str, Any] = {}
-    if args.config is not None:
-        try:
-            options = tomllib.loads(args.config.read_text())
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"config: {args.config} is not valid TOML: {error}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"config: {args.config} is not UTF-8 text: {error}") from error
-    for field in dataclasses.fields(TrainConfig):
-        if (value := getattr(args, field.name)) is not None:
-            options[field.name] = value
-    return from_dict(TrainConfig, options)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must be one of the {torch.cuda.device_count()} CUDA devices here, got {name!r}")
-    return name
-
-
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
-    from ultramem.config import from_dict
     from ultramem.graph.weights import load, read_config
     from ultramem.runtime.data import Documents, evaluation_batches, load_corpus
     from ultramem.runtime.evaluate import evaluate, make_summed_loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 
 BANDWIDTH_BYTES = 256 * 2**20  # eight times a 32 MiB last-level cache
-GEMM_SIZE = 1024  # 2.1 GFLOP, large enough to run at the full rate
+GEMM_SIZE = 1024  # 2.1 GFLOP, large enough for a CPU to run at the full rate
+GEMM_SECONDS = 0.01  # a product that takes so long runs at the full rate, on any device
 REPEATS = 7
 PACKAGES = ("ultramem", "torch", "onnxruntime", "onnx", "triton", "numpy")
 
@@ -74,6 +76,19 @@ def measure_machine(
         versions=package_versions(),
         cpu_flags=torch.backends.cpu.get_cpu_capability(),
     )
+
+
+@functools.cache
+def gemm_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large square matrix product in `dtype`; measured once a process (0.3 s on two cores)."""
+    generator = torch.Generator(device).manual_seed(0)  # the global one belongs to whoever trains here
+    size = 256
+    while True:
+        left, right = (torch.rand(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+        seconds = _median_seconds(functools.partial(torch.mm, left, right), device)
+        if seconds > GEMM_SECONDS:
+            return 2 * size**3 / seconds
+        size *= 2
 
 
 def device_name(device: torch.device) -> str:

@@ -6,6 +6,7 @@ Colours are the custom properties of page.html, so that a chart follows the ligh
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ LABEL_ROOM = 0.24
 """Share of a bar chart's width that is left for the number behind the longest bar."""
 THIN = 0.02
 """Share of a chart's width below which a segment has no gap to the next."""
+MAX_POINTS = 300
+"""Points of a training curve; more are averaged in bins."""
 LETTER_ROOM = 0.024
 """Width of a letter in a stacked bar on a phone: a segment shows its name where all of it fits."""
 
@@ -58,6 +61,13 @@ class Curve:
     color: str
     is_faint: bool = False
     has_dots: bool = False
+
+
+def binned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most `MAX_POINTS` points, each the mean of neighbours."""
+    size = -(-len(points) // MAX_POINTS)
+    bins = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(statistics.fmean(x for x, _ in each), statistics.fmean(y for _, y in each)) for each in bins]
 
 
 def ticks(high: float, low: float = 0.0, *, count: int = 4) -> list[float]:

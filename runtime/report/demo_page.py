@@ -10,7 +10,7 @@ from typing import Any
 
 from ultramem.runtime.profile.schema import check_document
 from ultramem.runtime.profile.units import scaled_text
-from ultramem.runtime.report.charts import Curve, line_chart
+from ultramem.runtime.report.charts import Curve, binned, line_chart
 from ultramem.runtime.report.page import Cell, details, escape, heading, legend, page, section, table, text_cell
 from ultramem.runtime.report.sections import (
     SERIES,
@@ -23,8 +23,6 @@ from ultramem.runtime.report.sections import (
 
 KIND = "ultramem-demo"
 FORMAT_VERSION = 1
-MAX_POINTS = 300
-"""Points of a training curve; more are averaged in bins."""
 SETTLED = 0.1
 """Share of the steps after which the loss sets the scale of the plot: the first ones would flatten the rest."""
 
@@ -155,7 +153,7 @@ def _loss_section(runs: Sequence[DemoRun]) -> str:
         label = f"{run.model}, seed {run.seed}"
         color = colors[run.model]
         if training:
-            curves.append(Curve(label=label, points=_binned(training), color=color, is_faint=True))
+            curves.append(Curve(label=label, points=binned(training), color=color, is_faint=True))
             shown += [y for x, y in curves[-1].points if x >= SETTLED * training[-1][0]]
         if evaluation:
             curves.append(Curve(label=f"{label}, held-out", points=evaluation, color=color, has_dots=True))
@@ -206,13 +204,6 @@ def _loss_section(runs: Sequence[DemoRun]) -> str:
     return section(
         title, legend(colors.items()), f"<figure>{chart}<figcaption>{escape(note)}</figcaption></figure>", evaluations
     )
-
-
-def _binned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `MAX_POINTS` points, each the mean of neighbours."""
-    size = -(-len(points) // MAX_POINTS)
-    bins = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(statistics.fmean(x for x, _ in each), statistics.fmean(y for _, y in each)) for each in bins]
 
 
 def _sample_section(runs: Sequence[DemoRun]) -> str:

@@ -13,8 +13,16 @@ from typing import Any
 import pytest
 
 from ultramem.runtime.profile import STAGES
-from ultramem.runtime.report import DemoRun, render_demo, render_profile, write_report
-from ultramem.runtime.report.charts import ticks
+from ultramem.runtime.report import (
+    DemoRun,
+    TrainingRun,
+    read_training_run,
+    render_demo,
+    render_profile,
+    render_training,
+    write_report,
+)
+from ultramem.runtime.report.charts import binned, ticks
 
 UNITS = {
     "µs": 1.0, "ms": 1e3, "s": 1e6, "%": 1e-2, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
@@ -184,6 +192,103 @@ def make_run(model: str = "ultramem-tiny", seed: int = 0, bits: float = 1.9876) 
     )
 
 
+def make_training_run(name: str = "ultramem-tiny", *, memories: int = 2, bits: float = 1.9876) -> TrainingRun:
+    steps = range(1, 401)
+    reports = range(50, 401, 50)
+    return TrainingRun(
+        name=name,
+        parameters=3_971_904,
+        flops_per_token=4_301_234,
+        step=400,
+        steps=800,
+        seed=3,
+        seconds=512.3,
+        training={
+            "loss": [(step, bits + 3 * math.exp(-step / 50)) for step in steps],
+            "grad_norm": [(step, 1.5 if step % 97 else 80.0) for step in steps],
+            "lr": [(step, 1e-3 * step / 400) for step in steps],
+            "value_lr": [(step, 1e-2 * step / 400) for step in steps],
+            "tokens_per_second": [(step, 4321.0) for step in steps],
+            "mfu": [(step, 0.4321) for step in steps],
+        },
+        evaluations=[
+            {"step": step, "split": split, "eval_loss": bits * math.log(2), "bits_per_byte": bits}
+            for step in (200, 400)
+            for split in ("held_out_sample", "held_out")
+        ],
+        tables={
+            f"memories.{index}.table": [
+                {
+                    "step": step, "rows": 9216, "reads": 123_456, "used_lately": 0.4, "used_ever": 1 - 40 / step,
+                    "dead_rows": round(9216 * 40 / step), "kl_from_uniform_nats": 1.234 if step > 50 else None,
+                }
+                for step in reports
+            ]
+            for index in range(memories)
+        },
+        layers={
+            f"memories.{index}": [
+                {
+                    "step": step, "score_mean": 1.05, "score_variance": 0.31, "output_rms": 0.35,
+                    "singular_values": [[1.9, 0.2], [2.1, 0.1]],
+                }
+                for step in reports
+            ]
+            for index in range(memories)
+        },
+    )  # fmt: skip
+
+
+def test_training_page_shows_the_numbers_of_its_json() -> None:
+    runs = [make_training_run(), make_training_run("dense-tiny", memories=0, bits=2.0123)]
+    page = Page(render_training(runs))
+    check_numbers(page)
+    pointers = {pointer for pointer, _ in page.shown}
+    assert {"/runs/0/evaluations/3/bits_per_byte", "/runs/1/evaluations/3/eval_loss", "/runs/0/step"} <= pointers
+    assert "/runs/0/tables/memories.1.table/7/dead_rows" in pointers
+    assert "/runs/0/layers/memories.0/7/output_rms" in pointers
+    assert "ultramem-tiny is at 1.988 bits per byte on held-out text after 400 steps, dense-tiny at 2.012" in page.text
+    assert "at least 90 % of each table's rows were used, 1,844 never" in page.text.replace("\u00a0", " ")
+
+
+def test_every_figure_of_the_memory_has_its_plot() -> None:
+    page = Page(render_training([make_training_run()]))
+    plots = [str(attributes["aria-label"]) for tag, attributes in page.tags if attributes.get("class") == "plot"]
+    for name in (
+        "Rows used since the start", "Rows used since the report before", "Rows never used",
+        "Unevenness of use: KL from uniform", "Mean of the kept scores", "Variance of the kept scores",
+        "Size of the layer's output", "Singular values of the cores, memories.0",
+        "Singular values of the cores, memories.1",
+    ):  # fmt: skip
+        assert name in plots
+
+
+def test_runs_of_one_name_are_told_apart() -> None:
+    page = Page(render_training([make_training_run(), make_training_run()]))
+    assert "ultramem-tiny (1)" in page.text
+    assert "ultramem-tiny (2)" in page.text
+    with pytest.raises(ValueError, match="at least one run"):
+        render_training([])
+
+
+def test_a_run_that_goes_on_is_shown(small_model: Any, small_train: Any, text: str, tmp_path: Path) -> None:
+    from ultramem.runtime.data import load_corpus
+    from ultramem.runtime.train import train
+
+    out = tmp_path / "mine"
+    train(small_model, small_train, load_corpus(text), out)
+    whole = read_training_run(out)
+    assert (whole.name, whole.step, whole.steps) == ("mine", 6, 6)
+    assert [row["step"] for row in whole.tables["memories.0.table"]] == [3, 6]
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:7])  # as a reader may find it
+    assert read_training_run(out).step == 2
+    check_numbers(Page(render_training([read_training_run(out)])))
+    (out / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="no training step"):
+        read_training_run(out)
+
+
 def test_profile_page_shows_the_numbers_of_its_json() -> None:
     document = make_document()
     page = Page(render_profile(document))
@@ -212,7 +317,14 @@ def test_demo_page_shows_the_numbers_of_its_json() -> None:
     assert "ultramem-tiny reaches 1.988 bits per byte on held-out text, dense-tiny 2.018" in page.text
 
 
-@pytest.mark.parametrize("render", [lambda: render_profile(make_document()), lambda: render_demo([make_run()], [])])
+@pytest.mark.parametrize(
+    "render",
+    [
+        lambda: render_profile(make_document()),
+        lambda: render_demo([make_run()], []),
+        lambda: render_training([make_training_run()]),
+    ],
+)
 def test_the_file_is_self_contained(render: Any) -> None:
     document = render()
     page = Page(document)
@@ -240,15 +352,23 @@ def test_what_is_not_separable_says_so() -> None:
     assert "not separable: as it is" in page.text
 
 
-def test_the_loss_plot_stays_inside_its_box() -> None:
-    document = render_demo([make_run()], [])
+@pytest.mark.parametrize(
+    "render", [lambda: render_demo([make_run()], []), lambda: render_training([make_training_run()])]
+)
+def test_plots_stay_inside_their_boxes(render: Any) -> None:
+    document = render()
     for points in re.findall(r'points="([^"]+)"', document):
         places = [tuple(map(float, point.split(","))) for point in points.split()]
         assert all(0 <= x <= 100 and y <= 100 for x, y in places)
-        assert len(places) <= 300
     for x, y in re.findall(r'class="dot" style="left:([\d.-]+)%;top:([\d.-]+)%', document):
         assert 0 <= float(x) <= 100
         assert 0 <= float(y) <= 100
+
+
+def test_long_curves_are_thinned_to_means() -> None:
+    points = binned([(step, 2.0 * step) for step in range(1, 1001)])
+    assert len(points) == 250
+    assert points[0] == (2.5, 5.0)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.37), (0, 162), (1.2, 1.45), (0, 7.5), (0, 2e-3)])

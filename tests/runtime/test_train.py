@@ -12,10 +12,15 @@ import pytest
 import torch
 
 import ultramem
-from ultramem.runtime.data import evaluation_batches, load_corpus, training_batch
+from ultramem.runtime.data import evaluation_batches, load_corpus
 from ultramem.runtime.evaluate import evaluate, make_summed_loss
+from ultramem.runtime.health import MemoryHealth
+from ultramem.runtime.profile.machine import gemm_flops_per_second
 from ultramem.runtime.run import RunFolder
-from ultramem.runtime.train import learning_rate, make_train_loss, train, value_lr_ratio
+from ultramem.runtime.schedule import learning_rate, value_lr_ratio
+from ultramem.runtime.train import train
+from ultramem.runtime.train_step import TrainStep
+from ultramem.runtime.unigram import unigram_loss
 
 
 class _StopAt:
@@ -31,6 +36,9 @@ class _StopAt:
         if row["step"] == self.at:
             raise RuntimeError("pulled the plug")
 
+    def evaluation(self, row):
+        pass
+
 
 def _losses(folder):
     return [row["loss"] for row in RunFolder(folder).read_metrics() if "loss" in row]
@@ -45,7 +53,11 @@ def test_a_run_folder_holds_all_of_the_run(small_model, small_train, text, tmp_p
     assert config["environment"]["torch"] == torch.__version__
     rows = RunFolder(out).read_metrics()
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    assert [(row["step"], row["split"]) for row in rows if "split" in row] == [(3, "held_out_sample"), (6, "held_out")]
+    assert [(row["step"], row["split"]) for row in rows if "split" in row] == [
+        (3, "held_out_sample"),
+        (6, "held_out_sample"),
+        (6, "held_out"),
+    ]
     assert rows[-1]["bits_per_byte"] == result.held_out.bits_per_byte
     assert result.held_out.tokens == len(load_corpus(text).held_out[0])
     model = ultramem.load(out)
@@ -205,6 +217,146 @@ def test_ctrl_c_saves_and_exits_130(tmp_path, short_text):
     assert json.loads(checkpoint.read_text())["step"] == len(_losses(tmp_path / "run"))
 
 
+def test_micro_batches_give_the_gradient_of_the_whole_batch(small_model, small_train, text):
+    """To the rounding of float32 sums: a few units in the last place of the largest entry."""
+    stream = load_corpus(text).train_stream()
+    gradients, losses = {}, {}
+    for accumulate in (1, 2, 4):
+        torch.manual_seed(0)
+        model = ultramem.build_model(replace(small_model, dropout=0.0))
+        config = replace(small_train, batch_size=4, accumulate=accumulate, max_grad_norm=0.0)
+        step = TrainStep(model, [torch.optim.SGD(ultramem.param_groups(model, lr=0.0))], config, stream)
+        step.optimizers[0].zero_grad = lambda set_to_none: None
+        losses[accumulate] = step(1)["loss"]
+        gradients[accumulate] = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    for accumulate in (2, 4):
+        assert losses[accumulate] == pytest.approx(losses[1], rel=1e-6)
+        assert (gradients[accumulate] - gradients[1]).abs().max() < 1e-6 * gradients[1].abs().max()
+
+
+def test_value_tables_have_their_own_rate(small_model, small_train, text):
+    model = ultramem.build_model(small_model)
+    optimizer = torch.optim.SGD(ultramem.param_groups(model, lr=0.0))
+    config = replace(small_train, value_lr_decay=False, value_lr_ratio=7.0)
+    row = TrainStep(model, [optimizer], config, load_corpus(text).train_stream())(2)
+    assert row["value_lr"] == pytest.approx(7 * row["lr"])
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {"values": row["value_lr"], "weights": row["lr"], "scales": row["lr"]}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"accumulate": 2},
+        {"table_optimizer": "lazy_adamw"},
+        {"table_optimizer": "row_adagrad", "accumulate": 2},
+        {"table_optimizer": "lazy_adamw", "table_dtype": "bfloat16"},
+        {"table_dtype": "bfloat16", "precision": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_resuming_gives_the_same_bits_however_it_is_trained(small_model, small_train, text, tmp_path, fields):
+    corpus, config = load_corpus(text), replace(small_train, **fields)
+    train(small_model, config, corpus, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="plug"):
+        train(small_model, config, corpus, tmp_path / "cut", progress=_StopAt(3))
+    train(small_model, config, corpus, tmp_path / "cut", resume=True)
+    assert _losses(tmp_path / "cut") == _losses(tmp_path / "whole")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert weights[0] == weights[1]
+
+
+@pytest.fixture
+def misleading_text(tmp_path):
+    """What is held out gets less likely with every step."""
+    path = tmp_path / "misleading.txt"
+    path.write_text("a" * 1900 + "b" * 100)
+    return load_corpus(str(path))
+
+
+@pytest.mark.parametrize("save", ["last", "best"])
+def test_the_best_weights_are_kept(small_model, small_train, misleading_text, tmp_path, save):
+    config = replace(small_train, eval_every=2, lr=1e-2, warmup_ratio=0.0, save=save)
+    result = train(small_model, config, misleading_text, tmp_path / "run")
+    rows = [row for row in RunFolder(tmp_path / "run").read_metrics() if row.get("split") == "held_out_sample"]
+    assert rows[0]["eval_loss"] == min(row["eval_loss"] for row in rows) < rows[-1]["eval_loss"]
+    assert json.loads((tmp_path / "run/best/best.json").read_text()) == {
+        "step": 2,
+        "eval_loss": rows[0]["eval_loss"],
+    }
+    best = ultramem.load(tmp_path / "run/best")
+    batches = evaluation_batches(misleading_text.held_out, batch_size=2, sequence_length=16)
+    evaluation = evaluate(best, make_summed_loss(best, compiled=False), batches)
+    assert (evaluation == result.held_out) == (save == "best")
+    assert result.weights_step == (2 if save == "best" else 6)
+    weights = [(tmp_path / "run" / name).read_bytes() for name in ("model.safetensors", "best/model.safetensors")]
+    assert (weights[0] == weights[1]) == (save == "best")
+    with pytest.raises(RuntimeError, match="plug"):
+        train(small_model, config, misleading_text, tmp_path / "cut", progress=_StopAt(5))
+    resumed = train(small_model, config, misleading_text, tmp_path / "cut", resume=True)
+    assert (resumed.weights_step, resumed.held_out) == (result.weights_step, result.held_out)
+    assert (tmp_path / "cut/best/model.safetensors").read_bytes() == weights[1]
+
+
+def test_bfloat16_tables_stay_so_on_disk(small_model, small_train, text, tmp_path):
+    result = train(small_model, replace(small_train, table_dtype="bfloat16"), load_corpus(text), tmp_path / "run")
+    model = ultramem.load(tmp_path / "run")
+    assert model.memories[0].table.values_NV.dtype == torch.bfloat16
+    assert model.embedding.weight.dtype == torch.float32
+    batches = evaluation_batches(load_corpus(text).held_out, batch_size=2, sequence_length=16)
+    assert evaluate(model, make_summed_loss(model, compiled=False), batches) == result.held_out
+
+
+def test_as_many_checkpoints_as_asked_for_are_kept(small_model, small_train, text, tmp_path):
+    config = replace(small_train, checkpoint_every=1, keep_checkpoints=3)
+    train(small_model, config, load_corpus(text), tmp_path / "run")
+    steps = [json.loads(path.read_text())["step"] for path in sorted((tmp_path / "run/checkpoints").glob("*.json"))]
+    assert steps == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"accumulate": 3}, r"accumulate must divide batch_size \(16\), got 3"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
+        ({"health_every": -1}, "health_every must be at least 0, got -1"),
+        ({"save": "best", "eval_every": 0}, "save must be last where eval_every is 0"),
+        ({"table_optimizer": "sgd"}, "table_optimizer must be one of adamw, lazy_adamw, row_adagrad, got 'sgd'"),
+    ],
+)
+def test_bad_options_name_the_field(fields, said):
+    with pytest.raises(ValueError, match=said):
+        ultramem.TrainConfig(**fields)
+
+
+def test_losses_in_autocast_are_those_of_float32_to_bfloat16_rounding(small_model, small_train, text, tmp_path):
+    """To a unit in the last place at the first step; updates then multiply it."""
+    model = replace(small_model, dropout=0.0)
+    for precision in ("float32", "bfloat16"):
+        train(model, replace(small_train, precision=precision), load_corpus(text), tmp_path / precision)
+    assert _losses(tmp_path / "bfloat16") != _losses(tmp_path / "float32")
+    low, high = _losses(tmp_path / "bfloat16"), _losses(tmp_path / "float32")
+    assert low[0] == pytest.approx(high[0], rel=2**-8)
+    assert low == pytest.approx(high, rel=2**-6)
+
+
+def test_training_beats_a_unigram_model(small_model, small_train, text, tmp_path):
+    corpus = load_corpus(text)
+    config = replace(small_train, steps=60, batch_size=8, eval_every=0, checkpoint_every=60, lr=5e-3)
+    result = train(small_model, config, corpus, tmp_path / "run")
+    assert result.held_out.loss < unigram_loss(corpus.train_stream(), 257)
+
+
+def test_the_metrics_say_how_fast_it_went(small_model, small_train, text, tmp_path):
+    train(small_model, small_train, load_corpus(text), tmp_path / "run")
+    rows = [row for row in RunFolder(tmp_path / "run").read_metrics() if "loss" in row]
+    rate = gemm_flops_per_second(torch.device("cpu"), torch.float32)
+    for row in rows:
+        flops = 3 * ultramem.count(small_model).flops_per_token * row["tokens_per_second"]
+        assert row["mfu"] == pytest.approx(flops / rate, abs=1e-4)
+
+
 def test_schedules():
     config = ultramem.TrainConfig(steps=1000, lr=1.0, warmup_ratio=0.1, lr_end_ratio=0.1, value_lr_ratio=10.0)
     assert learning_rate(config, 1) == pytest.approx(0.01)
@@ -214,6 +366,8 @@ def test_schedules():
     assert value_lr_ratio(config, 1) == 10
     assert value_lr_ratio(config, 1000) == pytest.approx(1)
     assert value_lr_ratio(replace(config, steps=1001), 501) == pytest.approx(5.5)
+    constant = replace(config, value_lr_decay=False)
+    assert [value_lr_ratio(constant, step) for step in (1, 500, 1000)] == [10, 10, 10]
 
 
 def test_a_diverging_run_says_so(small_model, small_train, text, tmp_path):
@@ -223,36 +377,29 @@ def test_a_diverging_run_says_so(small_model, small_train, text, tmp_path):
 
 
 def test_one_graph_per_callable_and_no_recompilation(small_model, small_train):
-    """A train run and evaluations at three lengths: fullgraph holds, and nothing compiles after the first calls."""
+    """Micro-batches, health reports and evaluations at three lengths: nothing compiles after the first calls."""
     torch._dynamo.reset()
-    config = replace(small_train, compile=True)
     model = ultramem.build_model(replace(small_model, dropout=0.0))
-    train_loss, eval_loss = make_train_loss(model, config), make_summed_loss(model, compiled=True)
-    optimizer = torch.optim.AdamW(ultramem.param_groups(model, lr=1e-3), fused=True)
-    stream = load_corpus("austen").train_stream()
+    optimizers = [torch.optim.AdamW(ultramem.param_groups(model, lr=1e-3), fused=True)]
+    health, eval_loss = MemoryHealth(model), make_summed_loss(model, compiled=True)
+    config = replace(small_train, compile=True, batch_size=4, accumulate=2)
+    step = TrainStep(model, optimizers, config, load_corpus("austen").train_stream())
     held_out = (load_corpus("austen").held_out[0][:500],)
 
-    def step(number):
-        batch = training_batch(stream, step=number, seed=0, batch_size=2, sequence_length=16)
-        total, parts = train_loss(*batch)
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return parts[0].item()
-
-    def run_eval(length):
-        return evaluate(model, eval_loss, evaluation_batches(held_out, batch_size=2, sequence_length=length))
+    def batches(length):
+        return evaluation_batches(held_out, batch_size=2, sequence_length=length)
 
     step(1)
-    run_eval(16)
+    evaluate(model, eval_loss, batches(16))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = [step(number) for number in (2, 3)]
-        evaluations = [run_eval(length) for length in (16, 32, 7)]
-    assert all(math.isfinite(loss) for loss in compiled)
+        for number in (2, 3):
+            assert math.isfinite(step(number)["loss"])
+            report, _ = health.report(next(batches(16)))
+            assert report["reads"] == 4 * 16 * small_model.memory.num_slots * (2 if number == 2 else 1)
+        evaluations = [evaluate(model, eval_loss, batches(length)) for length in (16, 32, 7)]
     eager = make_summed_loss(model, compiled=False)
     for length, evaluation in zip((16, 32, 7), evaluations, strict=True):
-        batches = evaluation_batches(held_out, batch_size=2, sequence_length=length)
-        assert evaluation.loss == pytest.approx(evaluate(model, eager, batches).loss, rel=1e-5)
+        assert evaluation.loss == pytest.approx(evaluate(model, eager, batches(length)).loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["memory", "dense"])

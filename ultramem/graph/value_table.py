@@ -17,6 +17,9 @@ class ValueTable(nn.Module):
         experts_NP: input rows, where each slot is a one-neuron expert; else None.
         sparse_grad: gradients of the rows are sparse COO tensors of the touched rows instead of dense [N,V] ones.
             Optimisers that work on touched rows set it.
+        lazy_rows: what such an optimiser owes the rows that it has not written of late; they are made up as they are
+            read. None: `values_NV` is up to date.
+        lazy_experts: the same of the input rows.
         row_use_N: how often each row was read in training since it was last set to zero, int64; None unless
             `count_row_use` was called. Not part of the state dict.
     """
@@ -30,6 +33,8 @@ class ValueTable(nn.Module):
         experts = nn.Parameter(torch.empty(config.table_rows, config.expert_dim)) if config.expert_dim else None
         self.register_parameter("experts_NP", experts)
         self.sparse_grad = False
+        self.lazy_rows: ops.LazyRows | None = None
+        self.lazy_experts: ops.LazyRows | None = None
         self.register_buffer("row_use_N", None, persistent=False)
 
     def count_row_use(self) -> None:
@@ -38,18 +43,26 @@ class ValueTable(nn.Module):
         self.row_use_N = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
 
     def forward(self, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int) -> Tensor:
-        """Pooled rows [T,E,V] of virtual indices (see `ultramem.ops.lookup_reduce`)."""
+        """Pooled rows [T,E,V] of virtual indices (see `ultramem.ops.lookup_reduce`), in the dtype of the scores."""
         values_NV = self.values_NV
         if self.row_use_N is not None and self.training:
             rows = (indices_TK % values_NV.shape[0]).flatten()
             self.row_use_N.index_add_(0, rows, torch.ones_like(rows))
-        return ops.lookup_reduce(
-            values_NV, indices_TK, scores_TKC.to(values_NV.dtype), num_blocks=num_blocks, sparse_grad=self.sparse_grad
-        )
+        scores = scores_TKC.to(values_NV.dtype)
+        if self.lazy_rows is not None:
+            pooled_TEV = ops.lookup_reduce_lazy(values_NV, self.lazy_rows, indices_TK, scores, num_blocks=num_blocks)
+        else:
+            pooled_TEV = ops.lookup_reduce(
+                values_NV, indices_TK, scores, num_blocks=num_blocks, sparse_grad=self.sparse_grad
+            )
+        return pooled_TEV.to(scores_TKC.dtype)
 
     def expert_products(self, indices_TK: Tensor, query_TP: Tensor) -> Tensor:
         """Products [T,K] of the query with the input rows of virtual indices (see `ultramem.ops.lookup_dot`)."""
         assert self.experts_NP is not None
-        return ops.lookup_dot(
-            self.experts_NP, indices_TK, query_TP.to(self.experts_NP.dtype), sparse_grad=self.sparse_grad
-        )
+        query = query_TP.to(self.experts_NP.dtype)
+        if self.lazy_experts is not None:
+            product_TK = ops.lookup_dot_lazy(self.experts_NP, self.lazy_experts, indices_TK, query)
+        else:
+            product_TK = ops.lookup_dot(self.experts_NP, indices_TK, query, sparse_grad=self.sparse_grad)
+        return product_TK.to(query_TP.dtype)

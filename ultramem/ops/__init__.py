@@ -1,24 +1,33 @@
 """The stages of a memory layer that a compiler cannot derive, each as `torch.ops.ultramem.<op>`."""
 
 from ultramem.ops import reference
+from ultramem.ops.catch_up import LazyRows, catch_up_
 from ultramem.ops.grouped_mm import grouped_mm
 from ultramem.ops.implementation import Implementation, use_implementation
 from ultramem.ops.lookup_dot import lookup_dot
+from ultramem.ops.lookup_dot_lazy import lookup_dot_lazy
 from ultramem.ops.lookup_reduce import lookup_reduce
+from ultramem.ops.lookup_reduce_lazy import lookup_reduce_lazy
 from ultramem.ops.permute_addresses import address_table, permute_addresses
 from ultramem.ops.product_topk import TopK, product_topk
+from ultramem.ops.round_stochastically import round_stochastically
 from ultramem.ops.tucker_topk import tucker_topk
 
 __all__ = [
     "Implementation",
+    "LazyRows",
     "TopK",
     "address_table",
+    "catch_up_",
     "grouped_mm",
     "lookup_dot",
+    "lookup_dot_lazy",
     "lookup_reduce",
+    "lookup_reduce_lazy",
     "permute_addresses",
     "product_topk",
     "reference",
+    "round_stochastically",
     "tucker_topk",
     "use_implementation",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ultramem.ops import _checks as checks
 from ultramem.ops._registration import traceable_op
+from ultramem.ops._sparse_gradient import rows_gradient
 from ultramem.ops.implementation import runs_triton
 from ultramem.ops.lookup_reduce import (
     _MODE_SUM,
@@ -57,7 +58,7 @@ def _backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor | None, ...]:
     grad_rows = grad_query = None
     if ctx.needs_input_grad[0] and ctx.sparse_grad:
         touched_U, grads_UD, _ = _lookup_reduce_backward_rows(query_T1D, rows, row_TK, weights_TK1)
-        grad_rows = torch.sparse_coo_tensor(touched_U.unsqueeze(0), grads_UD, rows.shape, check_invariants=False)
+        grad_rows = rows_gradient(touched_U, grads_UD, rows)
     elif ctx.needs_input_grad[0]:
         grad_rows, _ = _lookup_reduce_backward(query_T1D, rows, row_TK, weights_TK1, True)
     if ctx.needs_input_grad[2]:
@@ -93,6 +94,15 @@ def lookup_dot(
         TypeError: a dtype that is not accepted.
         ValueError: rank, shape or device differ, or (checked) an index is negative.
     """
+    require_lookup_dot(rows_ND, indices_TK, query_TD)
+    if checked:
+        checks.require_in_range("indices_TK", indices_TK, torch.iinfo(torch.int64).max)
+    dots_TK: Tensor = _lookup_dot(rows_ND.contiguous(), indices_TK.contiguous(), query_TD.contiguous(), sparse_grad)
+    return dots_TK
+
+
+def require_lookup_dot(rows_ND: Tensor, indices_TK: Tensor, query_TD: Tensor) -> None:
+    """Raise unless the tensors are a table, indices and queries that belong together."""
     checks.require_tensor("rows_ND", rows_ND, ndim=2, shape="[N,D]")
     checks.require_tensor("indices_TK", indices_TK, ndim=2, shape="[T,K]")
     checks.require_tensor("query_TD", query_TD, ndim=2, shape="[T,D]")
@@ -101,7 +111,3 @@ def lookup_dot(
     checks.require_same_dtype(rows_ND=rows_ND, query_TD=query_TD)
     checks.require_shape("query_TD", query_TD, (indices_TK.shape[0], rows_ND.shape[1]), "T of indices_TK, D of rows_ND")
     checks.require_same_device(rows_ND=rows_ND, indices_TK=indices_TK, query_TD=query_TD)
-    if checked:
-        checks.require_in_range("indices_TK", indices_TK, torch.iinfo(torch.int64).max)
-    dots_TK: Tensor = _lookup_dot(rows_ND.contiguous(), indices_TK.contiguous(), query_TD.contiguous(), sparse_grad)
-    return dots_TK

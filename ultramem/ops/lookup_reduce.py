@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ultramem.ops import _checks as checks
 from ultramem.ops._registration import accumulation_dtype, opaque_op, traceable_op
+from ultramem.ops._sparse_gradient import rows_gradient
 from ultramem.ops.implementation import runs_triton
 
 
@@ -176,13 +177,33 @@ def _backward(ctx: Any, grad_TED: Tensor) -> tuple[Tensor | None, ...]:
     grad_TED = grad_TED.contiguous()
     if ctx.sparse_grad and ctx.needs_input_grad[0]:
         rows, row_grads, grad_scores = _lookup_reduce_backward_rows(grad_TED, values, indices, scores)
-        grad_values = torch.sparse_coo_tensor(rows.unsqueeze(0), row_grads, values.shape, check_invariants=False)
-        return grad_values, None, grad_scores, None, None
+        return rows_gradient(rows, row_grads, values), None, grad_scores, None, None
     grad_values, grad_scores = _lookup_reduce_backward(grad_TED, values, indices, scores, ctx.needs_input_grad[0])
     return (grad_values if ctx.needs_input_grad[0] else None), None, grad_scores, None, None
 
 
 _lookup_reduce.register_autograd(_backward, setup_context=_setup_context)
+
+
+def require_lookup(values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int) -> None:
+    """Raise unless the arguments of a lookup fit together."""
+    checks.require_tensor("values_ND", values_ND, ndim=2, shape="[N,D]")
+    checks.require_tensor("indices_TK", indices_TK, ndim=2, shape="[T,K]")
+    checks.require_tensor("scores_TKC", scores_TKC, ndim=3, shape="[T,K,C]")
+    checks.require_floating("values_ND", values_ND)
+    checks.require_int64("indices_TK", indices_TK)
+    if scores_TKC.dtype not in (values_ND.dtype, torch.float32):
+        raise TypeError(
+            f"scores_TKC must have dtype torch.float32 or that of values_ND ({values_ND.dtype}), got {scores_TKC.dtype}"
+        )
+    t, k = indices_TK.shape
+    c = scores_TKC.shape[-1]
+    checks.require_shape("scores_TKC", scores_TKC, (t, k, c), "[T,K] of indices_TK, then C")
+    checks.require_same_device(values_ND=values_ND, indices_TK=indices_TK, scores_TKC=scores_TKC)
+    checks.require_positive("num_blocks", num_blocks)
+    d = values_ND.shape[1]
+    if c < 1 or d % c:
+        raise ValueError(f"scores_TKC must have a number of cores that divides the value dim {d}, got {c}")
 
 
 def lookup_reduce(
@@ -216,25 +237,9 @@ def lookup_reduce(
         TypeError: a dtype that is not accepted.
         ValueError: rank, shape or device differ, C does not divide D, or (checked) an index is out of range.
     """
-    checks.require_tensor("values_ND", values_ND, ndim=2, shape="[N,D]")
-    checks.require_tensor("indices_TK", indices_TK, ndim=2, shape="[T,K]")
-    checks.require_tensor("scores_TKC", scores_TKC, ndim=3, shape="[T,K,C]")
-    checks.require_floating("values_ND", values_ND)
-    checks.require_int64("indices_TK", indices_TK)
-    if scores_TKC.dtype not in (values_ND.dtype, torch.float32):
-        raise TypeError(
-            f"scores_TKC must have dtype torch.float32 or that of values_ND ({values_ND.dtype}), got {scores_TKC.dtype}"
-        )
-    t, k = indices_TK.shape
-    c = scores_TKC.shape[-1]
-    checks.require_shape("scores_TKC", scores_TKC, (t, k, c), "[T,K] of indices_TK, then C")
-    checks.require_same_device(values_ND=values_ND, indices_TK=indices_TK, scores_TKC=scores_TKC)
-    checks.require_positive("num_blocks", num_blocks)
-    n, d = values_ND.shape
-    if c < 1 or d % c:
-        raise ValueError(f"scores_TKC must have a number of cores that divides the value dim {d}, got {c}")
+    require_lookup(values_ND, indices_TK, scores_TKC, num_blocks)
     if checked:
-        checks.require_in_range("indices_TK", indices_TK, n * num_blocks)
+        checks.require_in_range("indices_TK", indices_TK, values_ND.shape[0] * num_blocks)
     pooled_TED: Tensor = _lookup_reduce(
         values_ND.contiguous(), indices_TK.contiguous(), scores_TKC.contiguous(), num_blocks, sparse_grad
     )

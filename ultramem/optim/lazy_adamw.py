@@ -1,0 +1,88 @@
+"""AdamW on touched rows, with the steps that a row missed made up.
+
+Shapes: N rows, D columns, U touched rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultramem.optim.schedule import require_decaying_drift
+from ultramem.optim.table_optimizer import Group, State, TableOptimizer, _update_dtype
+
+
+class LazyAdamW(TableOptimizer):
+    """AdamW for tables [N,D] at a cost that follows the touched rows, with the results of AdamW on every row.
+
+    A row that had no gradient since step s owes the decay of its weights and moments and the drift by its dying
+    momentum; `ultramem.ops.LazyRows` has the formula. Where its reader is `attach`ed, the model sees in each forward
+    the rows that dense AdamW would have, up to rounding and second order in eps / sqrt(v). Without one, it sees rows
+    as of their last gradient, and differs from dense AdamW by that.
+
+    State: `exp_avg`, `exp_avg_sq` [N,D] in float32 (float64 for a float64 table), `last_step` [N] and the schedule.
+
+    Args:
+        params: tables, or groups of them.
+        lr: below 1 / weight_decay.
+        betas: beta1 < beta2.
+        eps: as in AdamW.
+        weight_decay: decoupled.
+        seed: of the stochastic rounding of bfloat16 tables.
+
+    Raises:
+        ValueError: a number is out of range, or a parameter is no table.
+        TypeError: a table's dtype is not float32, bfloat16 or float64.
+    """
+
+    betas: tuple[float, float]
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        require_decaying_drift(betas)
+        self.betas = betas
+        super().__init__(params, lr=lr, weight_decay=weight_decay, eps=eps, seed=seed)
+
+    def _new_state(self, parameter: Tensor) -> State:
+        moment = torch.zeros_like(parameter, dtype=_update_dtype(parameter), requires_grad=False)
+        return super()._new_state(parameter) | {"exp_avg": moment, "exp_avg_sq": moment.clone()}
+
+    def _catch_up_moments(self, state: State, rows_U: Tensor, now: int) -> None:
+        missed_U = now - state["last_step"].index_select(0, rows_U)
+        for name, beta in zip(("exp_avg", "exp_avg_sq"), self.betas, strict=True):
+            moment_UD = state[name].index_select(0, rows_U)
+            state[name].index_copy_(0, rows_U, moment_UD.mul_(_power(beta, missed_U, moment_UD.dtype)))
+
+    def _update(
+        self, parameter: Tensor, state: State, group: Group, rows_U: Tensor, grads_UD: Tensor, now: int
+    ) -> None:
+        lr, (beta1, beta2) = group["lr"], self.betas
+        values_UD = self._caught_up(parameter, rows_U)
+        missed_U = now - 1 - state["last_step"].index_select(0, rows_U)
+        exp_avg_UD = state["exp_avg"].index_select(0, rows_U).mul_(_power(beta1, missed_U, values_UD.dtype))
+        exp_avg_UD.lerp_(grads_UD, 1 - beta1)
+        exp_avg_sq_UD = state["exp_avg_sq"].index_select(0, rows_U).mul_(_power(beta2, missed_U + 1, values_UD.dtype))
+        exp_avg_sq_UD.addcmul_(grads_UD, grads_UD, value=1 - beta2)
+        denominator_UD = exp_avg_sq_UD.sqrt().div_(math.sqrt(1 - beta2**now)).add_(self.eps)
+        values_UD.mul_(1 - lr * group["weight_decay"])
+        values_UD.addcdiv_(exp_avg_UD, denominator_UD, value=-lr / (1 - beta1**now))
+        self._write(parameter, rows_U, values_UD, now)
+        state["exp_avg"].index_copy_(0, rows_U, exp_avg_UD)
+        state["exp_avg_sq"].index_copy_(0, rows_U, exp_avg_sq_UD)
+        state["last_step"].index_fill_(0, rows_U, now)
+
+
+def _power(base: float, exponent_U: Tensor, dtype: torch.dtype) -> Tensor:
+    """`base ** exponent` [U,1], computed in float64."""
+    return (base ** exponent_U.double()).to(dtype).unsqueeze(1)

@@ -1,0 +1,143 @@
+"""The `ultramem train` and `ultramem report` commands."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ultramem.config import TrainConfig
+
+
+def add_train_commands(command: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
+    """Add both; `command(name, run, help)` makes the parser of one."""
+    sub = command("train", _train, "Train a model on text, into a run folder.")
+    sub.add_argument("--preset", metavar="P", help="see `ultramem params --help`, or ultramem.presets()")
+    sub.add_argument("--data", metavar="D", help="austen, gutenberg, text files, or prepared data")
+    sub.add_argument("--out", required=True, type=Path, metavar="RUN", help="run folder to write")
+    sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN, or from step 0")
+    sub.add_argument(
+        "--config",
+        type=Path,
+        metavar="F.toml",
+        help="preset, data, [train] and [model] as TOML, or the config.json of a run; flags win",
+    )
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="model.FIELD=V",
+        help="override a field of the model, as model.memory.top_m=8; may be given again",
+    )
+    sub.add_argument("--tensorboard", action="store_true", help="write RUN/tensorboard too")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    _add_config_flags(sub, TrainConfig)
+
+    sub = command(
+        "report", _report, "Curves of runs, finished or not, and the health of their memory, as one HTML file."
+    )
+    sub.add_argument("run_folders", type=Path, nargs="+", metavar="RUN")
+    sub.add_argument("--out", required=True, type=Path, metavar="FILE.html", help="file to write")
+
+
+def _add_config_flags(parser: argparse.ArgumentParser, cls: type[TrainConfig]) -> None:
+    """A flag per field of the config; unset ones leave the TOML file's value or the default."""
+    hints = typing.get_type_hints(cls)
+    group = parser.add_argument_group("training options")
+    for field in dataclasses.fields(cls):
+        flag, hint = f"--{field.name.replace('_', '-')}", hints[field.name]
+        help_text = f"(default: {field.default})"
+        if hint is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
+        elif hint == int | None:
+            group.add_argument(flag, type=int, default=None, metavar="N", help="(default: with each evaluation)")
+        elif typing.get_origin(hint) is typing.Literal:
+            group.add_argument(flag, choices=typing.get_args(hint), default=None, help=help_text)
+        else:
+            group.add_argument(flag, type=hint, default=None, metavar="N" if hint is int else "X", help=help_text)
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any]:
+    from ultramem.runtime.recipe import TRAIN_FIELDS, make_recipe
+
+    given = {name: value for name in TRAIN_FIELDS if (value := getattr(args, name)) is not None}
+    recipe = make_recipe(file=args.config, preset=args.preset, data=args.data, train=given, settings=args.set)
+    from ultramem.runtime.data import load_corpus
+    from ultramem.runtime.progress import TrainingProgress
+    from ultramem.runtime.train import Stopped, train
+
+    corpus = load_corpus(recipe.data)
+    if recipe.data_sha256 not in (None, corpus.sha256):
+        raise ValueError(f"data: {corpus.name} is not the text that {args.config} names (sha256 differs)")
+    try:
+        with TrainingProgress() as progress:
+            result = train(
+                recipe.model,
+                recipe.train,
+                corpus,
+                args.out,
+                resume=args.resume,
+                device=_device(args.device),
+                tensorboard=args.tensorboard,
+                progress=progress,
+            )
+    except Stopped as stop:
+        if stop.signum == signal.SIGTERM:
+            print(f"ultramem train: {stop}", file=sys.stderr)
+            sys.exit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt(str(stop)) from stop
+    summary: dict[str, Any] = {
+        "run": str(args.out),
+        "preset": recipe.preset,
+        "step": result.step,
+        "weights_step": result.weights_step,
+        "seed": recipe.train.seed,
+        "train_loss": result.train_loss,
+        "held_out": result.held_out._asdict(),
+        "out_of_domain": result.out_of_domain._asdict() if result.out_of_domain else None,
+        "seconds": result.seconds,
+    }
+    if not args.json:
+        print(f"{args.out}: {result.step} steps in {result.seconds:.0f} s, seed {recipe.train.seed}")
+        if result.weights_step != result.step:
+            print(f"  weights of step {result.weights_step}, the best on held-out text")
+        for name, evaluation in (("held-out", result.held_out), ("out-of-domain", result.out_of_domain)):
+            if evaluation is not None:
+                print(
+                    f"  {name} text: {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte"
+                )
+    return summary
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be one of the {torch.cuda.device_count()} CUDA devices here, got {name!r}")
+    return name
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    from ultramem.runtime.report import read_training_run, render_training, write_report
+
+    if args.out.is_dir():
+        raise IsADirectoryError(f"out: {args.out} is a folder; name a file in it")
+    document = render_training([read_training_run(folder) for folder in args.run_folders])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_report(args.out, document)
+    if not args.json:
+        print(args.out)
+    return {"out": str(args.out), "runs": [str(folder) for folder in args.run_folders]}
