@@ -41,7 +41,15 @@ class ValueTable(nn.Module):
         if self.row_use_N is not None and self.training:
             rows = (indices_TK % values_NV.shape[0]).flatten()
             self.row_use_N.index_add_(0, rows, torch.ones_like(rows))
-        scores_TKC = scores_TKC.to(values_NV.dtype)
+        dtype = torch.promote_types(scores_TKC.dtype, values_NV.dtype)  # a narrow table does not narrow the model
+        if scores_TKC.dtype != torch.float32:
+            scores_TKC = scores_TKC.to(values_NV.dtype)
         if self.lazy_rows is not None:
-            return ops.lookup_reduce_lazy(values_NV, self.lazy_rows, indices_TK, scores_TKC, num_blocks=num_blocks)
-        return ops.lookup_reduce(values_NV, indices_TK, scores_TKC, num_blocks=num_blocks, sparse_grad=self.sparse_grad)
+            pooled_TEV = ops.lookup_reduce_lazy(
+                values_NV, self.lazy_rows, indices_TK, scores_TKC, num_blocks=num_blocks
+            )
+        else:
+            pooled_TEV = ops.lookup_reduce(
+                values_NV, indices_TK, scores_TKC, num_blocks=num_blocks, sparse_grad=self.sparse_grad
+            )
+        return pooled_TEV.to(dtype)
