@@ -16,7 +16,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     """The optimisers that `config` names, after casting the tables to their dtype."""
     for module in model.modules():
         if isinstance(module, ValueTable):
-            module.values_NV.data = module.values_NV.data.to(getattr(torch, config.table_dtype))
+            module.to(getattr(torch, config.table_dtype))
     return build_optimizers(
         model,
         lr=config.lr,

@@ -43,19 +43,23 @@ class ValueTable(nn.Module):
         self.row_use_N = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
 
     def forward(self, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int) -> Tensor:
-        """Pooled rows [T,E,V] of virtual indices (see `ultramem.ops.lookup_reduce`), in the dtype of the scores."""
+        """Pooled rows [T,E,V] of virtual indices (see `ultramem.ops.lookup_reduce`)."""
         values_NV = self.values_NV
         if self.row_use_N is not None and self.training:
             rows = (indices_TK % values_NV.shape[0]).flatten()
             self.row_use_N.index_add_(0, rows, torch.ones_like(rows))
-        scores = scores_TKC.to(values_NV.dtype)
+        dtype = torch.promote_types(scores_TKC.dtype, values_NV.dtype)  # a narrow table does not narrow the model
+        if scores_TKC.dtype != torch.float32:
+            scores_TKC = scores_TKC.to(values_NV.dtype)
         if self.lazy_rows is not None:
-            pooled_TEV = ops.lookup_reduce_lazy(values_NV, self.lazy_rows, indices_TK, scores, num_blocks=num_blocks)
+            pooled_TEV = ops.lookup_reduce_lazy(
+                values_NV, self.lazy_rows, indices_TK, scores_TKC, num_blocks=num_blocks
+            )
         else:
             pooled_TEV = ops.lookup_reduce(
-                values_NV, indices_TK, scores, num_blocks=num_blocks, sparse_grad=self.sparse_grad
+                values_NV, indices_TK, scores_TKC, num_blocks=num_blocks, sparse_grad=self.sparse_grad
             )
-        return pooled_TEV.to(scores_TKC.dtype)
+        return pooled_TEV.to(dtype)
 
     def expert_products(self, indices_TK: Tensor, query_TP: Tensor) -> Tensor:
         """Products [T,K] of the query with the input rows of virtual indices (see `ultramem.ops.lookup_dot`)."""

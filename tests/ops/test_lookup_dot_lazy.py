@@ -1,0 +1,65 @@
+"""lookup_dot_lazy: products with the rows that a dense optimiser would have, and their gradients."""
+
+import pytest
+import torch
+
+from ultramem import ops
+from ultramem.ops import LazyRows
+
+N, D, T, K = 13, 6, 5, 4
+
+
+def _lazy(dtype):
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape, **kwargs):
+        return torch.rand(*shape, generator=generator, **kwargs)
+
+    schedule = torch.stack([-0.01 * torch.arange(8), random(8) * 0.1, random(8) * 0.1], dim=1).double()
+    return LazyRows(
+        schedule,
+        torch.tensor(7),
+        torch.randint(0, 8, (N,), generator=generator, dtype=torch.int32),
+        random(N, D, dtype=dtype) - 0.5,
+        random(N, D, dtype=dtype) + 0.1,
+        1e-8,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forward_and_gradients_equal_the_oracle(dtype):
+    torch.manual_seed(0)
+    lazy = _lazy(dtype)
+    rows = torch.randn(N, D, dtype=dtype, requires_grad=True)
+    query = torch.randn(T, D, dtype=dtype, requires_grad=True)
+    indices = torch.randint(0, 3 * N, (T, K))
+    indices[:, 0] = 2  # a row that every token reads
+    upstream = torch.randn(T, K, dtype=dtype)
+    out = ops.lookup_dot_lazy(rows, lazy, indices, query)
+    expected = ops.reference.lookup_dot_lazy(rows, lazy, indices, query)
+    assert not torch.allclose(expected, ops.reference.lookup_dot(rows, indices, query))  # the rows are stale
+    grads = torch.autograd.grad(out, (rows, query), upstream)
+    expected_grads = torch.autograd.grad(expected, (rows, query), upstream)
+    assert grads[0].layout is torch.sparse_coo
+    tolerance = 20 * torch.finfo(dtype).eps
+    assert torch.allclose(out, expected, rtol=tolerance, atol=tolerance)
+    assert torch.allclose(grads[0].to_dense(), expected_grads[0], rtol=tolerance, atol=tolerance)
+    assert torch.allclose(grads[1], expected_grads[1], rtol=tolerance, atol=tolerance)
+
+
+def test_no_tokens():
+    query = torch.randn(0, D, requires_grad=True)
+    out = ops.lookup_dot_lazy(torch.randn(N, D), _lazy(torch.float32), torch.zeros(0, K, dtype=torch.int64), query)
+    assert out.shape == (0, K)
+
+
+def test_opcheck():
+    lazy = _lazy(torch.float32)
+    rows, query = torch.randn(N, D), torch.randn(T, D, requires_grad=True)
+    torch.library.opcheck(torch.ops.ultramem.lookup_dot_lazy.default, (rows, torch.randint(0, N, (T, K)), query, *lazy))
+
+
+def test_bad_arguments():
+    lazy = _lazy(torch.float32)
+    with pytest.raises(ValueError, match=r"lazy\.last_step_N must have shape \(12,\)"):
+        ops.lookup_dot_lazy(torch.randn(12, D), lazy, torch.zeros(T, K, dtype=torch.int64), torch.randn(T, D))
