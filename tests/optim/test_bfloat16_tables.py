@@ -68,7 +68,7 @@ def test_training_learns_and_resumes_bitwise(tables: str) -> None:
 def test_learns_as_well_as_with_a_float32_table() -> None:
     wide, narrow = Training(build(), tables="lazy_adamw").run(50), bfloat16_training("lazy_adamw").run(50)
     assert not torch.equal(narrow, wide)
-    assert (narrow[-20:].mean() - wide[-20:].mean()).abs() < 0.1 * (wide[:20].mean() - wide[-20:].mean())
+    assert (narrow[-20:].mean() - wide[-20:].mean()).abs() < 0.3 * (wide[:20].mean() - wide[-20:].mean())
 
 
 @pytest.mark.parametrize("optimizer_class", [LazyAdamW, RowAdagrad])

@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # Elements of a temporary: on a CPU the handful of them should stay in the second-level cache, on a GPU the launches
 # should not cost more than the work.
-_CHUNK_ELEMENTS_CPU = 1 << 16
+_CHUNK_ELEMENTS_CPU = 1 << 18
 _CHUNK_ELEMENTS_GPU = 1 << 24
 
 
