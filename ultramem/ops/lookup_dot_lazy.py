@@ -42,7 +42,7 @@ def _lookup_dot_lazy(
     eps: float,
 ) -> Tensor:
     lazy = LazyRows(schedule_S3, step, last_step_N, exp_avg_ND, exp_avg_sq_ND, eps)
-    fresh = fresh_rows(rows_ND, lazy, indices_TK)
+    fresh = fresh_rows(rows_ND, lazy, indices_TK % rows_ND.shape[0])  # the block does not matter
     dots_TK: Tensor = _lookup_dot(fresh.values_UD, fresh.indices_TK, query_TD.to(fresh.values_UD.dtype), False)
     return dots_TK.to(rows_ND.dtype)
 
@@ -67,7 +67,7 @@ def _lookup_dot_lazy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by touched row: rows [U] ascending, their gradients [U,D], and of the query [T,D]."""
     lazy = LazyRows(schedule_S3, step, last_step_N, exp_avg_ND, exp_avg_sq_ND, eps)
-    fresh = fresh_rows(rows_ND, lazy, indices_TK)
+    fresh = fresh_rows(rows_ND, lazy, indices_TK % rows_ND.shape[0])  # the block does not matter
     dtype = fresh.values_UD.dtype
     weights_TK1 = grad_TK.to(dtype).unsqueeze(-1)
     grad_query_TD = _lookup_reduce(fresh.values_UD, fresh.indices_TK, weights_TK1, 1, False).squeeze(1)
