@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ultramem.config import FORMAT_VERSION, ModelConfig, TrainConfig, from_dict, to_dict
 from ultramem.presets import preset as find_preset
+from ultramem.presets import preset_training
 
 SECTIONS = ("preset", "data", "data_sha256", "train", "model")
 TRAIN_FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
@@ -40,7 +41,7 @@ def make_recipe(
     train: dict[str, Any] | None = None,
     settings: Sequence[str] = (),
 ) -> Recipe:
-    """Defaults, then the preset, then the file, then what is given here.
+    """Defaults, then the preset (an ablation row may fix fields of TrainConfig too), then the file, then what is given.
 
     Args:
         file: TOML, or JSON where its name ends so.
@@ -64,6 +65,7 @@ def make_recipe(
     preset, data = preset or document.get("preset"), data or document.get("data")
     if preset is not None:
         model = _merged(to_dict(find_preset(preset)), model)
+        options = {**preset_training(preset), **options}
     model = _merged(model, changes.get("model", {}))
     if not model:
         raise ValueError("preset must be given, by --preset or in the file of --config (or all of [model] there)")

@@ -162,10 +162,11 @@ class _Trainer:
                 if signum is not None and not last:
                     raise Stopped(step, signum)
             weights_step = self._final_weights()
-            held_out = self._evaluate(self.corpus.held_out, None)
+            held_out = self._evaluate(self.corpus.held_out, config.final_eval_tokens)
             write(_eval_row(config.steps, "held_out", held_out))
-            outside = self._evaluate(self.corpus.out_of_domain, None) if self.corpus.out_of_domain else None
-            if outside is not None:
+            outside = None
+            if self.corpus.out_of_domain:
+                outside = self._evaluate(self.corpus.out_of_domain, config.final_eval_tokens)
                 write(_eval_row(config.steps, "out_of_domain", outside))
         save_weights(self.model, folder.path)
         seconds = round(seconds_before + time.perf_counter() - began, 3)

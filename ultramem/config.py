@@ -318,7 +318,9 @@ class TrainConfig:
     eval_every: int = 250
     """Steps between evaluations on held-out text; the last step is always evaluated. 0: only the last."""
     eval_tokens: int = 65536
-    """Held-out tokens per evaluation during training; the final one reads them all."""
+    """Held-out tokens per evaluation during training."""
+    final_eval_tokens: int | None = None
+    """Tokens of held-out and of out-of-domain text in the final evaluation, spread evenly over documents; None: all."""
     health_every: int | None = None
     """Steps between reports on the memory's health; None: with each evaluation. 0: none."""
     checkpoint_every: int = 250
@@ -332,6 +334,8 @@ class TrainConfig:
         _require_fields_at_least(
             self, 1, "steps", "batch_size", "accumulate", "checkpoint_every", "eval_tokens", "keep_checkpoints"
         )
+        if self.final_eval_tokens is not None:
+            _require_fields_at_least(self, 1, "final_eval_tokens")
         _require_fields_at_least(self, 2, "sequence_length")
         _require_fields_at_least(self, 0, "eval_every", "seed", "weight_decay", "max_grad_norm")
         _require_literals(self)

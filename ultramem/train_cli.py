@@ -13,6 +13,8 @@ from typing import Any
 
 from ultramem.config import TrainConfig
 
+NONE_MEANS = {"health_every": "with each evaluation", "final_eval_tokens": "all"}
+
 
 def add_train_commands(command: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
     """Add both; `command(name, run, help)` makes the parser of one."""
@@ -55,7 +57,7 @@ def _add_config_flags(parser: argparse.ArgumentParser, cls: type[TrainConfig]) -
         if hint is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
         elif hint == int | None:
-            group.add_argument(flag, type=int, default=None, metavar="N", help="(default: with each evaluation)")
+            group.add_argument(flag, type=int, default=None, metavar="N", help=f"(default: {NONE_MEANS[field.name]})")
         elif typing.get_origin(hint) is typing.Literal:
             group.add_argument(flag, choices=typing.get_args(hint), default=None, help=help_text)
         else:
