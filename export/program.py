@@ -96,8 +96,12 @@ def capture(model: Transformer) -> Program:
     """Capture `model` with any batch >= 1, new tokens >= 1 and cached tokens >= 0, weights shared.
 
     Raises:
-        ValueError: the model is in training mode or not in float32 on the CPU.
+        ValueError: the model is in training mode, not in float32 on the CPU, or a mixture of experts.
     """
+    if model.config.moe is not None:
+        raise ValueError(
+            "a mixture of experts cannot be exported: no engine has its grouped products; use eager or compile"
+        )
     if model.training:
         raise ValueError("the model must be in eval mode to be exported (call model.eval())")
     for name, parameter in model.named_parameters():

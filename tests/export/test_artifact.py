@@ -12,6 +12,7 @@ import pytest
 import torch
 from exported import CONFIG, DENSE, MEMORY, build
 
+from ultramem import MoEConfig
 from ultramem.export import export_model, load_artifact, parity
 from ultramem.export.manifest import read_manifest
 from ultramem.export.program import empty_state, example_inputs, flat_inputs
@@ -207,5 +208,30 @@ def test_an_interrupted_export_leaves_nothing(tmp_path):
 def test_onnx_of_every_kind_of_layer(tmp_path, memory):
     config = replace(CONFIG, memory=replace(memory, num_layers=1), num_layers=1, insertions="1:1")
     manifest = export_model(build(config), "onnx", tmp_path / "out")
+    assert manifest.parity.max_error <= manifest.parity.allowed
+    assert manifest.parity.greedy_equal == manifest.parity.greedy_tokens
+
+
+def test_a_mixture_of_experts_is_refused_by_name(tmp_path):
+    config = replace(DENSE, moe=MoEConfig(num_experts=4))
+    with pytest.raises(ValueError, match="a mixture of experts cannot be exported"):
+        export_model(build(config), "onnx", tmp_path / "out")
+    assert leftovers(tmp_path) == []
+
+
+FAMILIES = {
+    "pkm": {"rank": 1, "num_cores": 1, "expansion": 1, "conv_width": 1, "score_function": "softmax"},
+    "peer": {"rank": 1, "num_cores": 1, "expert_dim": 32, "score_function": "softmax"},
+    "memory-plus": {"rank": 1, "num_cores": 1, "table": "shared", "output": "gated"},
+    "ultramem-v2": {"expert_dim": 8, "expert_project": True, "table": "windows", "table_layers": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnx", "aoti"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_with_a_memory(tmp_path, family, engine):
+    config = replace(CONFIG, memory=replace(MEMORY, **FAMILIES[family]), insertions="1:1/2:2", replace_mlp=True)
+    manifest = export_model(build(config), engine, tmp_path / "out")
     assert manifest.parity.max_error <= manifest.parity.allowed
     assert manifest.parity.greedy_equal == manifest.parity.greedy_tokens
