@@ -277,6 +277,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT, help="the result file, written or (with --plot) read")
     parser.add_argument("--plot", type=Path, help="draw the result file into this file and measure nothing")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--note", default="", help="kept in the result: what else should be known of the machine")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
@@ -284,7 +285,7 @@ def main() -> None:
     elif arguments.plot:
         plot(json.loads(arguments.out.read_text()), arguments.plot)
     else:
-        result = measure(arguments.rounds)
+        result = measure(arguments.rounds) | {"note": arguments.note}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         print(table_of(result))
