@@ -60,6 +60,7 @@ def test_no_allocation_of_a_step_is_near_the_table(tables: str, autocast: bool, 
     assert largest_allocation(training) < table_bytes(training) / 4
 
 
+@pytest.mark.slow
 def test_no_allocation_of_a_compiled_step_is_near_the_table() -> None:
     model = build(knum=128)
     torch._dynamo.reset()
