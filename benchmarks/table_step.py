@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from ultramem import MemoryConfig
 from ultramem.graph import UltraMemLayer
 from ultramem.graph.memory_layer import Lookup
-from ultramem.graph.value_table import ValueTable
 from ultramem.optim import TableOptimizer, build_optimizers, clip_grad_norm_
 
 ROWS = (2**14, 2**17, 2**20, 2**22)
@@ -66,18 +65,15 @@ class SpreadLookup(Lookup):
     def draw(self, generator: torch.Generator) -> None:
         self.offset_TK.random_(0, self.num_virtual, generator=generator)
 
-    def forward(self, scores_THMC: Tensor, addresses_THM: Tensor, table: ValueTable) -> Tensor:
-        indices_TK = (addresses_THM.flatten(1) + self.offset_TK) % self.num_virtual
-        pooled_TEV: Tensor = table(indices_TK, scores_THMC.flatten(1, 2), self.num_blocks)
-        return pooled_TEV
+    def virtual_indices(self, addresses_TK: Tensor) -> Tensor:
+        return (addresses_TK + self.offset_TK) % self.num_virtual
 
 
 def layer_with_table(rows: int) -> UltraMemLayer:
     config = memory_config(KNUM)
     layer = UltraMemLayer(config)
     layer.lookup = SpreadLookup(config, rows)
-    layer.table = ValueTable(rows, VALUE_DIM)
-    nn.init.normal_(layer.table.values_NV, std=0.02)
+    layer.table.values_NV = nn.Parameter(torch.empty(rows, VALUE_DIM).normal_(std=0.02))
     return layer
 
 
@@ -281,6 +277,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT, help="the result file, written or (with --plot) read")
     parser.add_argument("--plot", type=Path, help="draw the result file into this file and measure nothing")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--note", default="", help="kept in the result: what else should be known of the machine")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
@@ -288,7 +285,7 @@ def main() -> None:
     elif arguments.plot:
         plot(json.loads(arguments.out.read_text()), arguments.plot)
     else:
-        result = measure(arguments.rounds)
+        result = measure(arguments.rounds) | {"note": arguments.note}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         print(table_of(result))

@@ -12,14 +12,26 @@ from torch import Tensor
 import ultramem
 from ultramem import MemoryConfig, ModelConfig
 from ultramem.graph import Transformer
+from ultramem.graph.value_table import ValueTable
 from ultramem.optim import build_optimizers, clip_grad_norm_
 
 VOCABULARY = 61
 
 
-def build(dtype: torch.dtype = torch.float32, *, knum: int = 40, share_table: bool = False) -> Transformer:
+def build(
+    dtype: torch.dtype = torch.float32, *, knum: int = 40, share_table: bool = False, experts: bool = False
+) -> Transformer:
     torch.manual_seed(0)
-    memory = MemoryConfig(hidden_size=32, num_layers=3, value_dim=16, key_dim=8, knum=knum, top_m=4)
+    memory = MemoryConfig(
+        hidden_size=32,
+        num_layers=3,
+        value_dim=16,
+        key_dim=8,
+        knum=knum,
+        top_m=4,
+        table="shared" if share_table else "own",
+        expert_dim=32 if experts else 0,
+    )
     config = ModelConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -30,10 +42,7 @@ def build(dtype: torch.dtype = torch.float32, *, knum: int = 40, share_table: bo
         memory=memory,
         insertions="1:2/3:3",
     )
-    model = ultramem.build_model(config)
-    if share_table:
-        model.memories[1].table = model.memories[0].table
-    return model.to(dtype)
+    return ultramem.build_model(config).to(dtype)
 
 
 def loss_of(model: Transformer) -> Callable[[Tensor, Tensor], Tensor]:
@@ -55,6 +64,10 @@ def batch(step: int, parts: int = 1) -> list[tuple[Tensor, Tensor]]:
 def learning_rate(step: int) -> float:
     """Warm-up, then a slow fall: no two steps alike."""
     return 2e-3 * min(1.0, step / 10) * 0.99**step
+
+
+def value_tables(model: Transformer) -> list[ValueTable]:
+    return [module for module in model.modules() if isinstance(module, ValueTable)]
 
 
 class Training:
@@ -85,4 +98,5 @@ class Training:
         return torch.tensor(losses, dtype=torch.float64)
 
     def tables(self) -> list[Tensor]:
-        return [memory.table.values_NV for memory in self.model.memories]
+        """The rows of every table."""
+        return [p for table in value_tables(self.model) for p in table.parameters()]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from table_training import Training, build
+from table_training import Training, build, value_tables
 from torch import Tensor
 
 from ultramem.optim import LazyAdamW, RowAdagrad
@@ -38,8 +38,8 @@ def test_updates_far_below_the_spacing_move_the_mean(optimizer_class: Any) -> No
 
 def bfloat16_training(tables: str) -> Training:
     model = build()
-    for memory in model.memories:
-        memory.table.to(BF16)
+    for table in value_tables(model):
+        table.to(BF16)
     return Training(model, tables=tables)
 
 

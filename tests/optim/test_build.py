@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table_training import build
+from table_training import build, value_tables
 
 from ultramem.optim import LazyAdamW, RowAdagrad, build_optimizers
 
@@ -20,8 +20,8 @@ def test_tables_have_their_own_optimiser(tables: str, kind: type) -> None:
     (group,) = sparse.param_groups
     assert group["lr"] == pytest.approx(7e-3)
     assert group["weight_decay"] == 0.2
-    assert {id(p) for p in group["params"]} == {id(m.table.values_NV) for m in model.memories}
-    assert all(m.table.sparse_grad and m.table.lazy_rows is not None for m in model.memories)
+    assert {id(p) for p in group["params"]} == {id(table.values_NV) for table in value_tables(model)}
+    assert all(table.sparse_grad and table.lazy_rows is not None for table in value_tables(model))
 
 
 def test_rebuilding_for_another_optimiser_resets_the_tables() -> None:
@@ -29,13 +29,13 @@ def test_rebuilding_for_another_optimiser_resets_the_tables() -> None:
     build_optimizers(model, lr=1e-3, tables="lazy_adamw")
     (only,) = build_optimizers(model, lr=1e-3, tables="adamw")
     assert sum(len(group["params"]) for group in only.param_groups) == len(list(model.parameters()))
-    assert all(not m.table.sparse_grad and m.table.lazy_rows is None for m in model.memories)
+    assert all(not table.sparse_grad and table.lazy_rows is None for table in value_tables(model))
 
 
 def test_without_decay_adagrad_leaves_no_row_stale() -> None:
     model = build()
     build_optimizers(model, lr=1e-3, tables="row_adagrad", weight_decay=0.0)
-    assert all(m.table.sparse_grad and m.table.lazy_rows is None for m in model.memories)
+    assert all(table.sparse_grad and table.lazy_rows is None for table in value_tables(model))
 
 
 def test_a_model_without_tables() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from table_training import Training, batch, build, loss_of
+from table_training import Training, batch, build, loss_of, value_tables
 from torch import Tensor
 
 import ultramem.optim.schedule as schedule
@@ -20,11 +20,15 @@ F32, F64 = torch.float32, torch.float64
 
 @functools.cache
 def losses(tables: str, dtype: torch.dtype, **options: Any) -> Tensor:
-    share_table = options.pop("share_table", False)
-    return Training(build(dtype, share_table=share_table), tables=tables, **options).run(STEPS)
+    shape = {name: options.pop(name) for name in ("share_table", "experts") if name in options}
+    return Training(build(dtype, **shape), tables=tables, **options).run(STEPS)
 
 
-@pytest.mark.parametrize("options", [{}, {"share_table": True}, {"parts": 3}, {"betas": (0.8, 0.999)}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"share_table": True, "experts": True, "eps": 1e-12}, {"parts": 3}, {"betas": (0.8, 0.999)}],
+    ids=str,
+)
 def test_losses_are_those_of_dense_adamw(options: dict[str, Any]) -> None:
     exact, dense, lazy = (
         losses("adamw", F64, **options),
@@ -59,8 +63,8 @@ def test_stale_reads_are_another_training() -> None:
     """Why tables are attached: rows read as of their last gradient change the losses by far more than rounding."""
     dense = losses("adamw", F64)
     training = Training(build(F64), tables="lazy_adamw")
-    for memory in training.model.memories:
-        memory.table.lazy_rows = None
+    for table in value_tables(training.model):
+        table.lazy_rows = None
     assert (training.run(STEPS) - dense).abs().max() > 1e-3
 
 
@@ -130,11 +134,11 @@ def _saved(value: Any) -> Any:
 
 
 def test_compiled_training_is_one_graph_while_the_schedule_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = Training(build(), tables="lazy_adamw").run(12)
+    expected = Training(build(experts=True), tables="lazy_adamw").run(12)
     monkeypatch.setattr(schedule, "_FIRST_STEPS", 3)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
-    model = build()
+    model = build(experts=True)
     compiled = torch.compile(loss_of(model), fullgraph=True, backend=counter)
     training = Training(model, loss=compiled, tables="lazy_adamw")
     torch.testing.assert_close(training.run(12), expected, rtol=1e-5, atol=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table_training import Training, build
+from table_training import Training, build, value_tables
 from torch import Tensor
 
 from ultramem.optim import RowAdagrad
@@ -53,8 +53,8 @@ def test_a_model_trains_as_with_dense_gradients() -> None:
     def losses(sparse: bool, dtype: torch.dtype) -> Tensor:
         training = Training(build(dtype), tables="row_adagrad", weight_decay=0.5)
         if not sparse:  # every row is then brought up to date in every step
-            for memory in training.model.memories:
-                memory.table.sparse_grad, memory.table.lazy_rows = False, None
+            for table in value_tables(training.model):
+                table.sparse_grad, table.lazy_rows = False, None
         return training.run(STEPS)
 
     torch.testing.assert_close(losses(True, torch.float64), losses(False, torch.float64), rtol=1e-11, atol=0)

@@ -17,6 +17,10 @@ from torch import Tensor
 LOG_DECAY, DRIFT, DRIFT_EPS = range(3)
 """Columns of the schedule."""
 
+# Measured on a CPU at 2^15 rows of 64: 2^16 to 2^20 are alike, 2^14 takes half as long again, all in one twice as long.
+_CHUNK_ELEMENTS_CPU = 1 << 18
+_CHUNK_ELEMENTS_GPU = 1 << 24
+
 
 class LazyRows(NamedTuple):
     """The optimiser state from which stale rows are made up. Row i is as it was after step `last_step_N[i]`.
@@ -56,6 +60,13 @@ def catch_up_(values_UD: Tensor, lazy: LazyRows, rows_U: Tensor) -> Tensor:
     Returns:
         `values_UD`.
     """
+    chunk = chunk_rows(values_UD)
+    for values, rows in zip(values_UD.split(chunk), rows_U.split(chunk), strict=True):
+        _catch_up_chunk_(values, lazy, rows)
+    return values_UD
+
+
+def _catch_up_chunk_(values_UD: Tensor, lazy: LazyRows, rows_U: Tensor) -> None:
     owed_U3 = lazy.schedule_S3.index_select(0, lazy.last_step_N.index_select(0, rows_U).long())
     now_13 = lazy.schedule_S3.index_select(0, lazy.step.view(1))
     decay_U = (now_13[:, LOG_DECAY] - owed_U3[:, LOG_DECAY]).exp()
@@ -66,4 +77,10 @@ def catch_up_(values_UD: Tensor, lazy: LazyRows, rows_U: Tensor) -> Tensor:
         denominator_UD = lazy.exp_avg_sq_ND.index_select(0, rows_U).sqrt_().add_(eps_U.to(dtype).unsqueeze(1))
         direction_UD = lazy.exp_avg_ND.index_select(0, rows_U).div_(denominator_UD)
         values_UD.addcmul_(direction_UD, drift_U.to(dtype).unsqueeze(1), value=-1)
-    return values_UD.mul_(decay_U.to(values_UD.dtype).unsqueeze(1))
+    values_UD.mul_(decay_U.to(values_UD.dtype).unsqueeze(1))
+
+
+def chunk_rows(table_ND: Tensor) -> int:
+    """Rows to work on at a time: temporaries stay in a CPU's caches, and a GPU has more to do than to launch."""
+    elements = _CHUNK_ELEMENTS_CPU if table_ND.device.type == "cpu" else _CHUNK_ELEMENTS_GPU
+    return max(1, elements // max(1, table_ND.shape[1]))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ultramem import ops
+from ultramem.ops.catch_up import chunk_rows
 from ultramem.optim.schedule import advance_, new_schedule, of_any_length, with_room_for
 from ultramem.optim.sparse_gradient import coalesced
 
@@ -20,10 +21,6 @@ Group = dict[str, Any]
 State = dict[str, Tensor]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-# Elements of a temporary: on a CPU the handful of them should stay in the second-level cache, on a GPU the launches
-# should not cost more than the work.
-_CHUNK_ELEMENTS_CPU = 1 << 18
-_CHUNK_ELEMENTS_GPU = 1 << 24
 
 
 class TableOptimizer(torch.optim.Optimizer):
@@ -119,7 +116,7 @@ class TableOptimizer(torch.optim.Optimizer):
         for parameter in self._parameters():
             state = self.state[parameter]
             now = int(state["step"])
-            chunk = _chunk_rows(parameter)
+            chunk = chunk_rows(parameter)
             for start in range(0, parameter.shape[0], chunk):
                 rows_U = torch.arange(start, min(start + chunk, parameter.shape[0]), device=parameter.device)
                 self._write(parameter, rows_U, self._caught_up(parameter, rows_U), now)
@@ -194,7 +191,7 @@ class _LinkedState(defaultdict[Tensor, State]):
 def _row_chunks(parameter: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
     """Touched rows [U] and their gradients [U,D] in the dtype of the update, a chunk at a time."""
     assert parameter.grad is not None
-    chunk = _chunk_rows(parameter)
+    chunk = chunk_rows(parameter)
     if parameter.grad.layout == torch.sparse_coo:
         gradient = coalesced(parameter.grad)
         rows_U, grads_UD = gradient._indices()[0], gradient._values()
@@ -202,11 +199,6 @@ def _row_chunks(parameter: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         rows_U, grads_UD = torch.arange(parameter.shape[0], device=parameter.device), parameter.grad
     for rows, grads in zip(rows_U.split(chunk), grads_UD.split(chunk), strict=True):
         yield rows, grads.to(_update_dtype(parameter))
-
-
-def _chunk_rows(parameter: Tensor) -> int:
-    elements = _CHUNK_ELEMENTS_CPU if parameter.device.type == "cpu" else _CHUNK_ELEMENTS_GPU
-    return max(1, elements // max(1, parameter.shape[1]))
 
 
 def _update_dtype(parameter: Tensor) -> torch.dtype:
