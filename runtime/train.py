@@ -176,6 +176,8 @@ class _Trainer:
         """Rows of an evaluation and of the memory's health, if `step` is the time for them."""
         config = self.config
         if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
+            # For the best weights, which owe nothing; at each evaluation, so that a resumed run does it at the same steps.
+            sync(self.optimizers)
             row = _eval_row(step, "held_out_sample", self._evaluate(self.corpus.held_out, config.eval_tokens))
             check_finite("held-out loss", row["eval_loss"], step, config)
             yield row
@@ -183,7 +185,6 @@ class _Trainer:
                 self.progress.evaluation(row)
             if self.best is None or row["eval_loss"] < self.best.eval_loss:
                 self.best = Best(step=step, eval_loss=row["eval_loss"])
-                sync(self.optimizers)  # what is on disk owes nothing
                 save_best(self.folder.best, self.best, self.model, self.folder.path)
         if self.health is not None and (step % self.health_every == 0 or step == config.steps):
             tokens = config.micro_batch_size * config.sequence_length
