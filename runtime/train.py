@@ -176,7 +176,7 @@ class _Trainer:
         """Rows of an evaluation and of the memory's health, if `step` is the time for them."""
         config = self.config
         if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-            # For the best weights, which owe nothing; at each evaluation, so that a resumed run does it at the same steps.
+            # So that the best weights owe nothing; at every evaluation, for a resumed run to do it at the same steps.
             sync(self.optimizers)
             row = _eval_row(step, "held_out_sample", self._evaluate(self.corpus.held_out, config.eval_tokens))
             check_finite("held-out loss", row["eval_loss"], step, config)
