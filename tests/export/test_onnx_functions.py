@@ -59,10 +59,14 @@ def test_lookup_dot(dtype):
             torch.testing.assert_close(dots, expected)
 
 
-def test_every_op_has_a_translation_and_a_body():
+# Rows of a lazy optimiser exist in training alone; models with experts are refused by the exporters.
+NOT_EXPORTED = {"lookup_reduce_lazy", "lookup_dot_lazy", "round_stochastically", "grouped_mm"}
+
+
+def test_every_exported_op_has_a_translation_and_a_body():
     with onnx_functions.schemas():
         translated = set(onnx_functions.translations())
-    forwards = {each for each in ops.__all__ if hasattr(torch.ops.ultramem, each)}
+    forwards = {each for each in ops.__all__ if hasattr(torch.ops.ultramem, each)} - NOT_EXPORTED
     assert translated == {getattr(torch.ops.ultramem, name).default for name in forwards}
     assert {name.replace("_", "") for name in forwards} == {name.lower() for name in onnx_functions.function_protos()}
     assert set(_STAGE_OF_OP) == set(onnx_functions.function_protos())
