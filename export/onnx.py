@@ -107,7 +107,9 @@ def _name_nodes(graph: Any) -> None:
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # source paths of whoever exported
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
         if scopes is not None:
-            stages[node] = stage_of_module(ast.literal_eval(scopes)[-2])
+            *modules, _ = ast.literal_eval(scopes)
+            # A table may be the model's: its nodes belong to the lookup that called it.
+            stages[node] = stage_of_module(next(each for each in reversed(modules) if not each.endswith("table")))
     for node in graph:
         if node not in stages:
             producers = [each.producer() for each in node.inputs if each is not None]

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ultramem.graph import memory_layer, transformer
+from ultramem.graph import memory_layer, memory_output, moe, transformer, value_table
 from ultramem.runtime.profile.arithmetic import MEMORY_STAGES
 from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.schema import StageTimes
@@ -34,7 +34,7 @@ COMPILE_OPTIONS = {"trace.provenance_tracking_level": 2, "cpp.enable_kernel_prof
 _CALL = "ultramem::call"
 _COMPILED_GRAPH = "## Call CompiledFxGraph"
 _KERNEL_INFORMATION = "kernel_information.json"
-_LINEAR_STAGES = ("expand", "head")
+_LINEAR_STAGES = ("head",)
 """Stages that are a plain linear layer: the class does not tell them apart, the line that calls them does."""
 _FRAME = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+), in \S+$')
 
@@ -140,8 +140,13 @@ def _stage_sources() -> list[tuple[str, int, int, str]]:
         (memory_layer.Score, "score"),
         (memory_layer.Select, "select"),
         (memory_layer.Lookup, "lookup"),
+        (value_table.ValueTable, "lookup"),
+        (memory_output.Project, "expand"),
+        (memory_output.GatedOutput, "expand"),
+        (memory_output.NoOutput, "expand"),
         (transformer.Attention, "attention"),
         (transformer.MLP, "mlp"),
+        (moe.MoE, "mlp"),
     )
     sources = []
     for cls, stage in classes:

@@ -16,9 +16,12 @@ from ultramem.runtime.profile.machine import synchronize
 from ultramem.runtime.profile.measure import Cell, percentile
 from ultramem.runtime.profile.schema import StageRow, StageTimes
 
+# A table is a layer's own or the model's, and its time is part of the lookup that calls it.
+_TABLE = re.compile(r"(?:^|\.)table(?=\.|$)")
 # Where the stages are in the model: the module's path, behind any prefix that a wrapper adds.
 _PATHS = (
     (re.compile(r"(?:^|\.)memories\.\d+\.(query|score|select|lookup|expand)(?=\.|$)"), None),
+    (_TABLE, "lookup"),
     (re.compile(r"(?:^|\.)blocks\.\d+\.(attention|mlp)(?=\.|$)"), None),
     (re.compile(r"(?:^|\.)head(?=\.|$)"), "head"),
     (re.compile(r"(?:^|\.)(?:blocks\.\d+\.(?:attention_norm|mlp_norm)|norm|embedding)(?=\.|$)"), "other"),
@@ -104,8 +107,8 @@ def eager_stages(model: nn.Module, cell: Cell, *, repeats: int, device: torch.de
     handles = []
     for path, module in model.named_modules():
         stage = stage_of_path(path)
-        # The outermost module of a stage holds its children's time.
-        if stage is not None and stage_of_path(path.rpartition(".")[0]) is None:
+        # The outermost module of a stage holds its children's time, and a lookup that of its table.
+        if stage is not None and stage_of_path(path.rpartition(".")[0]) is None and not _TABLE.search(path):
             handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after_stage(stage))]
     runs = []
     try:

@@ -150,3 +150,8 @@ def test_a_missing_library_is_named_with_its_extra():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "onnxruntime is not installed (pip install ultramem[onnx])"
+
+
+def test_the_table_belongs_to_the_lookup(onnx_folder):
+    nodes = onnx.load(onnx_folder / "model.onnx", load_external_data=False).graph.node
+    assert [stage_of_node(node.name) for node in nodes if node.op_type == "LookupReduce"] == ["memories.0.lookup"]

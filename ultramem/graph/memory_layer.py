@@ -97,7 +97,7 @@ class Select(nn.Module):
         """Scores [T,H,M,C] and logical addresses [T,H,M]."""
         scores_THMC, addresses_THM = self._top_m(row_scores_THRN, col_scores_THRN)
         if self.softmax:
-            wide = torch.promote_types(scores_THMC.dtype, torch.float32)
+            wide = torch.float64 if scores_THMC.dtype == torch.float64 else torch.float32
             scores_THMC = scores_THMC.softmax(dim=2, dtype=wide).to(scores_THMC.dtype)
         return ops.TopK(scores_THMC, addresses_THM)
 

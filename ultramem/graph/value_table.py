@@ -48,7 +48,8 @@ class ValueTable(nn.Module):
         if self.row_use_N is not None and self.training:
             rows = (indices_TK % values_NV.shape[0]).flatten()
             self.row_use_N.index_add_(0, rows, torch.ones_like(rows))
-        dtype = torch.promote_types(scores_TKC.dtype, values_NV.dtype)  # a narrow table does not narrow the model
+        # A narrow table does not narrow the model.
+        dtype = max(scores_TKC.dtype, values_NV.dtype, key=lambda each: each.itemsize)
         if scores_TKC.dtype != torch.float32:
             scores_TKC = scores_TKC.to(values_NV.dtype)
         if self.lazy_rows is not None:
