@@ -17,7 +17,7 @@ class Switch(NamedTuple):
 
     table_2: float
     """Added to those before it in the table."""
-    table_8: float | None
+    table_8: float
     """Added to PKM alone; sizes as in Table 2, so without the skip for the split."""
 
 

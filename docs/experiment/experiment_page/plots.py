@@ -159,8 +159,7 @@ def _ablations(figure: Any, results: Json) -> Any:
                 continue
             color, fill = told if difference["verdict"] in ("a hint", "a difference") else noise
             values = list(difference["by_seed"].values())
-            offsets = [0.16 * (index - (len(values) - 1) / 2) for index in range(len(values))]
-            axes.plot(values, [place - 0.05 + y for y in offsets], ".", color="#999999", markersize=5)
+            axes.plot(values, [place - 0.25] * len(values), "|", color="#555555", markersize=7)
             axes.errorbar(
                 difference["mean"],
                 place,
@@ -176,18 +175,14 @@ def _ablations(figure: Any, results: Json) -> Any:
         if std is not None:
             axes.axvspan(-std, std, color="#e69f00", alpha=0.15, linewidth=0)
         axes.axvline(0, color="black", linewidth=1)
-        low, high = axes.get_xlim()
-        reach = max(abs(low), abs(high))
-        axes.set_xlim(-reach, 1.32 * reach)
-        for name, place in zip(names, places, strict=True):
-            axes.annotate(_paper_mark(name), (1.3 * reach, place), ha="right", va="center", fontsize=8.5)
+        axes.locator_params(axis="x", nbins=6)
         axes.set(title=f"{title}: difference to {BASELINE}", xlabel=f"{UNIT} (right: worse)")
         axes.grid(visible=False, axis="y")
         axes.set_ylim(-0.6, len(names) - 0.4)
-    axes_of[0].set_yticks(places, names)
+    axes_of[0].set_yticks(places, [f"{name}\n{_paper_mark(name)}" for name in names])
     figure.supxlabel(
-        "bars: two standard errors of the paired difference (filled: beyond them); dots: seeds; "
-        f"band: seeds' std of {BASELINE};\nat the right: the sign that the paper's Table 2 lets expect",
+        "bars: two standard errors of the paired difference (filled: beyond them); ticks: seeds; "
+        f"band: std of {BASELINE} over seeds;\nunder each name: what the paper's Table 2 lets expect",
         fontsize=9,
         color="#444444",
     )
@@ -196,7 +191,7 @@ def _ablations(figure: Any, results: Json) -> Any:
 
 def _paper_mark(name: str) -> str:
     expected = expected_change(name)
-    return "not in paper" if expected is None else "paper: worse" if expected > 0 else "paper: better"
+    return "(not in the paper)" if expected is None else "(paper: worse)" if expected > 0 else "(paper: better)"
 
 
 def _memory(figure: Any, experiment: Experiment) -> Any:

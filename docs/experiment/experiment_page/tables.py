@@ -87,8 +87,7 @@ def families_section(results: Json) -> str:
 def ablations_section(results: Json) -> str:
     if not results["ablations"]:
         return "## The switches\n\nNo ablation is finished.\n"
-    baseline = results["families"][BASELINE]
-    rows = []
+    rows, more = [], []
     for name, row in results["ablations"].items():
         held_out = row["difference_to_baseline"]["held_out"]
         outside = row["difference_to_baseline"]["out_of_domain"]
@@ -96,33 +95,43 @@ def ablations_section(results: Json) -> str:
         rows.append(
             [
                 f"`{name}`: {WITHOUT.get(name, ' '.join(row['options']))}",
+                signed(held_out),
+                _number(row["baseline_std"]["held_out"]),
+                ablation_effect(held_out),
+                "-" if switch is None else f"{switch.table_2:+.3f}",
+                "-" if switch is None else f"{switch.table_8:+.3f}",
+                agreement(held_out, expected_change(name)),
+            ]
+        )
+        more.append(
+            [
+                f"`{name}`",
+                mean_and_spread(row["held_out_bits_per_byte"]),
+                "" if held_out is None else _number(held_out["std"]),
+                signed(outside),
+                ablation_effect(outside),
                 f"{row['parameters']['total'] / 1e6:.2f} M",
                 f"{row['flops_per_token'] / 1e6:.2f} M",
-                signed(held_out),
-                _std(held_out),
-                _number(row["baseline_std"]["held_out"]),
-                ablation_effect(name, held_out),
-                signed(outside),
-                ablation_effect(name, outside),
-                "-" if switch is None else f"{switch.table_2:+.3f}",
-                "-" if switch is None or switch.table_8 is None else f"{switch.table_8:+.3f}",
-                agreement(held_out, expected_change(name)),
                 str(row["seeds_finished"]),
             ]
         )
     head = [
         f"`{BASELINE}`, but",
-        "parameters",
-        "FLOPs per token",
         f"held-out difference, {UNIT} ± standard error",
-        "std of the paired differences",
-        f"seeds' std of `{BASELINE}`",
-        "which is",
-        "out-of-domain difference ± standard error",
+        f"noise: std of `{BASELINE}` over seeds",
         "which is",
         "paper, turned on (Table 2)",
         "paper, on PKM alone (Table 8)",
-        "sign, held-out",
+        "sign here",
+    ]
+    more_head = [
+        "",
+        f"held-out, {UNIT}",
+        "std of the paired differences",
+        "out-of-domain difference ± standard error",
+        "which is",
+        "parameters",
+        "FLOPs per token",
         "seeds",
     ]
     parts = [
@@ -134,9 +143,10 @@ def ablations_section(results: Json) -> str:
         "several bytes. The paper has no two-tailed candidates; `no-tdqkr-mcs` stands beside the sum of its two "
         "rows.\n",
         table(head, rows),
-        _unequal(results, baseline),
         _multiple(results),
         "![Differences of the ablations to the whole model, with the paper's signs](ablations.svg)\n",
+        table(more_head, more),
+        _unequal(results, results["families"][BASELINE]),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -163,10 +173,6 @@ def _multiple(results: Json) -> str:
         f"{chance:.0%}. If none of the {comparisons} changes did anything, about {comparisons * chance:.1f} would "
         f'still be more than "noise", and {comparisons * 0.05:.1f} more than a hint.\n'
     )
-
-
-def _std(figure: Json | None) -> str:
-    return "" if figure is None else _number(figure["std"])
 
 
 def _number(value: float | None) -> str:

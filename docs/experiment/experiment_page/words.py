@@ -48,7 +48,7 @@ def comparison(model: str, other: str, figure: Json | None, split: str = "held_o
     return f"{sentence} ({p_text(figure)})."
 
 
-def ablation_effect(name: str, figure: Json | None) -> str:
+def ablation_effect(figure: Json | None) -> str:
     """What an ablation did, in a table's words."""
     if figure is None or figure["verdict"] == "one seed":
         return "cannot tell (too few seeds)"
