@@ -184,7 +184,7 @@ def _check_runs_belong_together(folder: Path, experiment: Experiment) -> None:
 
 def _check_equal(where: Path, expected: dict[str, Any], got: dict[str, Any]) -> None:
     should, does = _flatten(expected), _flatten(got)
-    for name in should.keys() | does.keys():
+    for name in dict.fromkeys([*should, *does]):
         if should.get(name) != does.get(name):
             raise ValueError(
                 f"{where}: {name} must be {should.get(name)!r}, as the other runs and experiment.json have it, "
