@@ -82,7 +82,8 @@ def again_section(results: Json) -> str:
         "half of that. Stop `make experiment` when you like; it goes on where it was.\n\n"
         f"Commits: {commits}. Versions: {environments}. Data: {results['data']['name']}, sha256 "
         f"`{results['data']['sha256']}`. Options of every run: `{' '.join(results['training_options'])}`. "
-        "All figures: [results.json](results.json); the runs' own: [raw](raw).\n"
+        "All figures: [results.json](results.json); the runs' own: [raw](raw); the first seed's curves in one page: "
+        "[report.html](report.html).\n"
     )
 
 
