@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_OUT ?= runs/demo
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo experiment test test-slow lint format clean
 
 help:
 	@echo "make demo    train, compare, export and profile a small model; ends with the path of an HTML report"
+	@echo "make experiment  train and compare the families and the switches of UltraMem, two hours; writes docs/experiment"
 	@echo "make test    the tests"
 	@echo "make test-slow  the tests of over a minute"
 	@echo "make lint    ruff and mypy"
@@ -17,6 +18,11 @@ help:
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py --out $(DEMO_OUT)
+
+# Goes on where it was stopped.
+experiment: $(READY)
+	$(BIN)/python examples/experiment.py --publish docs/experiment/raw
+	$(BIN)/python docs/experiment/make_page.py
 
 # Two workers of one thread each: the tests are many small programs, and spinning OpenMP threads would fight over cores.
 test: $(READY)

@@ -88,7 +88,7 @@ def main() -> int:
     print(f"{len(runs(args.seeds)) - len(pending)} runs are done, {len(pending)} to do", flush=True)
     failed = train_all(pending, args.out, args.jobs, tuple(args.options))
     if args.publish is not None:
-        publish(args.out, args.publish)
+        publish(args.out, args.publish, args.seeds)
     return 1 if failed else 0
 
 
@@ -152,11 +152,11 @@ def interrupting(children: set[subprocess.Popen[bytes]], stopping: threading.Eve
             signal.signal(signum, handler)
 
 
-def publish(out: Path, target: Path) -> None:
+def publish(out: Path, target: Path, seeds: int) -> None:
     """Copy config.json and metrics.jsonl of every finished run to `target`."""
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "experiment.json", target / "experiment.json")
-    for run in runs(SEEDS):
+    for run in runs(seeds):
         folder = out / run.folder
         if RunFolder(folder).weights.exists():
             (target / run.folder).mkdir(parents=True, exist_ok=True)

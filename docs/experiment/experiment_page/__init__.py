@@ -1,0 +1,1 @@
+"""From the raw files of `examples/experiment.py` to numbers, plots and a page."""
