@@ -117,7 +117,8 @@ def _results_section(runs: Sequence[TrainingRun]) -> str:
     ]
     note = (
         "Losses are of the final evaluation, on all of the text or on final_eval_tokens of it. Tokens per second and "
-        "MFU (model FLOPs utilisation: three forwards' FLOPs per trained token, over the measured rate of a matrix product) are medians."
+        "MFU (model FLOPs utilisation: three forwards' FLOPs per trained token, over the measured rate of a matrix "
+        "product) are medians."
     )
     return section("Runs", table(headings, rows), note=note)
 
