@@ -94,7 +94,7 @@ def train(
     stream = corpus.train_stream()
     training_batch(stream, step=0, seed=0, batch_size=1, sequence_length=config.sequence_length)  # long enough?
     if not any(len(document) for document in corpus.held_out):
-        raise ValueError(f"data: {corpus.name} holds no text to evaluate on")
+        raise ValueError(f"data: {corpus.name} has too little text for a held_out part, got no token of it")
     if tensorboard:
         require_tensorboard()
     model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)

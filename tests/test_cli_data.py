@@ -7,6 +7,7 @@ import pytest
 
 from ultramem import ModelConfig, TrainConfig
 from ultramem.cli import main
+from ultramem.graph.weights import read_model_config
 from ultramem.runtime.data import load_corpus
 from ultramem.runtime.train import train
 
@@ -96,12 +97,11 @@ def test_a_few_rows_can_be_evaluated_on_but_not_trained_on(bpe_run, tmp_path, ca
     assert "there is too little text for a" in refused(capsys, "data", "prepare", rows, *out)
 
 
-def test_a_model_of_another_vocabulary_is_refused(bpe_run, tmp_path):
+def test_a_models_vocabulary_follows_the_tokenizer(bpe_run, tmp_path):
     config = TrainConfig(steps=2, batch_size=2, sequence_length=16, compile=False)
     model = ModelConfig(vocab_size=257, hidden_size=16, inner_size=16, num_heads=2, num_layers=1)
-    with pytest.raises(ValueError, match=r"vocab_size must be 280, as the tokenizer of .*data has, got 257"):
-        train(model, config, load_corpus(str(tmp_path / "data")), tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+    train(model, config, load_corpus(str(tmp_path / "data")), tmp_path / "other")
+    assert read_model_config(tmp_path / "other").vocab_size == 280
 
 
 @pytest.mark.parametrize(
