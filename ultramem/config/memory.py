@@ -40,8 +40,8 @@ class MemoryConfig:
     rank_layout: Literal["full", "split"] = "full"
     """"full": every rank has keys of key_dim (Table 6). "split": query and keys are cut into r pieces (Table 2)."""
     candidates: Literal["one_tailed", "two_tailed"] = "one_tailed"
-    """Which cells Tucker selection rescores: the paper's, or both tails of each side, which finds nearly all of the exact
-    top-m; DESIGN.md says why the paper's is the default."""
+    """Which cells Tucker selection rescores: the paper's, or both tails of each side, which finds nearly all of the
+    exact top-m; DESIGN.md says why the paper's is the default."""
     permutation: Literal["computed", "stored", "none"] = "computed"
     """How virtual addresses are shuffled: a computed bijection, a stored random table (the paper's), or not at all."""
     permutation_seed: int = 0
