@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -29,8 +30,9 @@ class Documents(Sequence[Tensor]):
 
     end_of_text: int
 
+    @abstractmethod
     def stream(self) -> Tensor | Stream:
-        raise NotImplementedError
+        """All documents after one another."""
 
 
 class LoadedDocuments(Documents):
