@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_OUT ?= runs/demo
 
-.PHONY: help demo experiment test test-slow lint format clean
+.PHONY: help demo experiment test test-slow gpu gpu-dry-run benchmarks lint format clean
 
 help:
 	@echo "make demo    train, compare, export and profile a small model; ends with the path of an HTML report"
 	@echo "make experiment  train and compare the families and the switches of UltraMem, two hours; writes docs/experiment"
 	@echo "make test    the tests"
 	@echo "make test-slow  the tests of over a minute"
+	@echo "make gpu     tests and benchmarks on a GPU in nine minutes; needs torch, triton and pytest under PYTHON alone"
+	@echo "make gpu-dry-run  the same script on a CPU, on small shapes, in Triton's interpreter"
+	@echo "make benchmarks  every CPU benchmark, half an hour on two quiet cores; writes benchmarks/results and docs"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff format"
 	@echo "make clean   remove the virtual environment and caches (runs/ stays)"
@@ -30,6 +33,17 @@ test: $(READY)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# Without the virtual environment: on a rented machine nothing is installed, the image has what it takes.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+gpu-dry-run: $(READY)
+	OUT=$(or $(OUT),runs/gpu) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu --dry-run
+
+benchmarks: $(READY)
+	$(BIN)/python -m benchmarks.run --suite cpu --publish
+	$(BIN)/python -m benchmarks.report
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", choices=SUITES, required=True)
     parser.add_argument("--rows", default="", help="names, their beginnings or globs, with commas between")
     parser.add_argument("--out", type=Path, help="default: runs/benchmarks/SUITE.json (SUITE-quick.json)")
-    parser.add_argument("--publish", action="store_true", help="write benchmarks/results/SUITE.json; refuses a dirty tree")
+    parser.add_argument(
+        "--publish", action="store_true", help="write benchmarks/results/SUITE.json; refuses a dirty tree"
+    )
     parser.add_argument("--quick", action="store_true", help="few rows, few samples")
     parser.add_argument("--again", action="store_true", help="measure rows that the file has of this commit, too")
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.publish and (options.quick or options.out):
             raise ValueError("publish takes neither --quick nor --out")
         if options.publish and source().dirty:
-            raise ValueError(f"publish needs a clean tree: the result would name a commit that did not make it")
+            raise ValueError("publish needs a clean tree: the result would name a commit that did not make it")
     except ValueError as error:
         print(f"benchmarks.run: {error}", file=sys.stderr)
         return 2

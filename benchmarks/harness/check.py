@@ -50,7 +50,9 @@ def require_tokens_as_exact_as_eager(name: str, results: Iterable[tuple[Tensor, 
     error, reference = (torch.cat(each).quantile(0.9).item() for each in (errors, references))
     allowed = FACTOR * reference + rounding
     if not error <= allowed:
-        raise WrongResultError(f"{name} differs from float64 by {error:.3g} in a tenth of tokens, accepted {allowed:.3g}")
+        raise WrongResultError(
+            f"{name} differs from float64 by {error:.3g} in a tenth of tokens, accepted {allowed:.3g}"
+        )
 
 
 def _largest(tensor: Tensor) -> float:

@@ -14,18 +14,13 @@ from benchmarks.harness.measure import Clock
 
 FLUSH_BYTES = 256 * 2**20  # five times the L2 cache of an H100
 GRAPH_CALLS = 16  # in one CUDA graph, each with inputs of its own: what one launch of the graph costs is shared
-QUICK_CALL_US = 1e5  # a slower call needs no warm-up before each burst
 
 
 class CpuClock:
     """Wall time of a call. Inputs are drawn before the burst, results dropped between calls."""
 
-    def __init__(self) -> None:
-        self._slow: set[int] = set()
-
     def burst(self, contender: Contender, calls: int) -> list[float]:
-        lead = 0 if id(contender) in self._slow else 1
-        inputs = [contender.draw() for _ in range(calls + lead)]
+        inputs = [contender.draw() for _ in range(calls)]
         times = []
         for each in inputs:
             start = time.perf_counter_ns()
@@ -33,9 +28,7 @@ class CpuClock:
             end = time.perf_counter_ns()
             del result
             times.append((end - start) / 1e3)
-        if min(times) > QUICK_CALL_US:
-            self._slow.add(id(contender))
-        return times[lead:]
+        return times
 
 
 class GpuClock:

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.harness.contender import Contender, UnavailableError
 
-CALLS = 3
+CALLS = 2
 
 
 def peak_bytes(contender: Contender, device: torch.device) -> int:

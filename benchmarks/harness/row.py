@@ -70,7 +70,9 @@ def selected(rows: Iterable[Row], patterns: Sequence[str]) -> list[Row]:
     found = {pattern: [row for row in rows if _matches(row.name, pattern)] for pattern in patterns}
     for pattern, matching in found.items():
         if not matching:
-            raise ValueError(f"rows must select a row each, got {pattern!r}; there are {', '.join(r.name for r in rows)}")
+            raise ValueError(
+                f"rows must select a row each, got {pattern!r}; there are {', '.join(r.name for r in rows)}"
+            )
     wanted = {row.name for matching in found.values() for row in matching}
     return [row for row in rows if row.name in wanted]
 

@@ -40,11 +40,20 @@ class LostError(RuntimeError):
     """A process gave no result: it crashed, or its time was up."""
 
 
-def run_rows(rows: Sequence[Row], results: Results, plan: Plan, *, find_source: Callable[[], Source] = source) -> None:
-    """Measure what `results` does not have yet; each record is in the file before the next row begins."""
+def run_rows(
+    rows: Sequence[Row],
+    results: Results,
+    plan: Plan,
+    *,
+    probed: Record | None = None,
+    find_source: Callable[[], Source] = source,
+) -> None:
+    """Measure what `results` does not have yet; each record is in the file before the next row begins.
+
+    The machine is measured before the first row, unless `probed` says what it can do.
+    """
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         probe_file = Path(folder) / "probe.json"
-        probed: Record | None = None
         for number, row in enumerate(rows, start=1):
             now = find_source()
             if not plan.again and results.is_done(row.name, now, _setting(plan)):
@@ -54,7 +63,8 @@ def run_rows(rows: Sequence[Row], results: Results, plan: Plan, *, find_source: 
                 results.add(_record(row, plan, now, probed) | {"status": "not run", "reason": "the time was up"})
                 continue
             if probed is None:
-                probed = _probe(probe_file, plan)
+                probed = probe_machine(plan)
+            probe_file.write_text(json.dumps(probed))
             began = time.monotonic()
             record = _record(row, plan, now, probed)
             try:
@@ -82,9 +92,13 @@ def outcome(record: Record) -> str:
     return ", ".join(parts + [f"{name} REFUSED" for name in wrong]) or "measured"
 
 
-def _probe(path: Path, plan: Plan) -> Record:
+def probe_machine(plan: Plan) -> Record:
+    """What the device can do, measured in a process of its own.
+
+    Raises:
+        LostError: it cannot be measured.
+    """
     probed = _child(["--row", "probe"], plan, PROBE_LIMIT_S)
-    path.write_text(json.dumps(probed))
     _say(f"{probed['device']}, {probed['threads']} threads, {probed['bytes_per_second'] / 1e9:.1f} GB/s")
     return probed
 
@@ -107,7 +121,15 @@ def _child(arguments: Sequence[str], plan: Plan, limit_s: float) -> Record:
     """
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         out = Path(folder) / "record.json"
-        command = [sys.executable, "-m", "benchmarks.harness.worker", "--suite", plan.suite, "--subjects", plan.subjects]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.harness.worker",
+            "--suite",
+            plan.suite,
+            "--subjects",
+            plan.subjects,
+        ]
         command += ["--out", str(out), *arguments, *(["--quick"] if plan.quick else [])]
         command += ["--rehearse"] if plan.rehearse else []
         errors = Path(folder) / "stderr"

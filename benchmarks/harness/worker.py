@@ -63,7 +63,11 @@ def measure_row(row: Row, case: Case, device: torch.device, probed: dict[str, An
     if case.measures == "memory":
         for name, contender in ready.items():
             peak = memory.peak_bytes(contender, device)
-            records[name] |= {"status": "measured", "peak_bytes": peak, "peak_ratio": round(peak / case.resident_bytes, 4)}
+            records[name] |= {
+                "status": "measured",
+                "peak_bytes": peak,
+                "peak_ratio": round(peak / case.resident_bytes, 4),
+            }
     else:
         for name, samples_us in measure(ready, clock_for(device, graph=row.graph), budget).items():
             records[name] |= {"status": "measured"} | summary(samples_us)
@@ -108,7 +112,9 @@ def _count_launches(ready: dict[str, Contender], records: dict[str, dict[str, An
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", default="benchmarks.subjects", help="module with rows(suite) and build(row, device)")
+    parser.add_argument(
+        "--subjects", default="benchmarks.subjects", help="module with rows(suite) and build(row, device)"
+    )
     parser.add_argument("--suite", required=True)
     parser.add_argument("--row", required=True, help=f"a row's name, or {PROBE!r}")
     parser.add_argument("--out", type=Path, required=True)
@@ -123,10 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     probed = json.loads(options.probe.read_text()) if options.probe else probe(device, rehearse=options.rehearse)
     subjects = importlib.import_module(options.subjects)
     (row,) = (row for row in subjects.rows(options.suite, rehearse=options.rehearse) if row.name == options.row)
-    if options.rehearse:
-        budget = REHEARSAL
-    else:
-        budget = QUICK if options.quick else GPU if device.type == "cuda" else FULL
+    kind = "rehearse" if options.rehearse else "quick" if options.quick else device.type
+    budget = {"rehearse": REHEARSAL, "quick": QUICK, "cuda": GPU, "cpu": FULL}[kind]
     with subjects.setting(rehearse=options.rehearse):
         record = measure_row(row, subjects.build(row, device), device, probed, budget)
     options.out.write_text(json.dumps(record))

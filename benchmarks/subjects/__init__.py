@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.harness.contender import Case
 from benchmarks.harness.row import Row, Suite
-from benchmarks.subjects import backward, layer, lookup, quantised, select, train_step, update
+from benchmarks.subjects import backward, layer, lookup, model_step, quantised, select, train_step, update
 from benchmarks.subjects.shapes import REHEARSAL
 from ultramem.ops import Implementation, use_implementation
 
@@ -25,6 +25,7 @@ _SUBJECTS = {
     "select": select,
     "update": update,
     "layer": layer,
+    "model_step": model_step,
     "train_step": train_step,
 }
 
@@ -40,7 +41,7 @@ def rows(suite: Suite, *, rehearse: bool = False) -> list[Row]:
 
 
 def _rehearsed(row: Row) -> Row:
-    return replace(row, size=REHEARSAL, tokens=1 if row.graph else 3, dtype="float32", limit_s=60.0)
+    return replace(row, size=REHEARSAL, tokens=1 if row.graph else 2, dtype="float32", limit_s=60.0)
 
 
 def build(row: Row, device: torch.device) -> Case:

@@ -28,18 +28,41 @@ GPU_SHARE = Goal(text=">= 70 % of measured peak bandwidth", quantity="bandwidth_
 
 def rows(suite: Suite) -> list[Row]:
     if suite == "cpu":
-        shapes = [("151m", t, "uniform") for t in (16, 1024, 16384)] + [("151m", 1024, "zipf"), ("1.6b", 1024, "uniform")]
+        shapes = [("151m", t, "uniform") for t in (16, 1024, 16384)] + [
+            ("151m", 1024, "zipf"),
+            ("1.6b", 1024, "uniform"),
+        ]
         return [
-            Row(subject="backward", size=size, tokens=t, indices=indices, dtype="float32", limit_s=150,
-                quick=(size, t, indices) == ("151m", 1024, "uniform"))
+            Row(
+                subject="backward",
+                size=size,
+                tokens=t,
+                indices=indices,
+                dtype="float32",
+                limit_s=150,
+                quick=(size, t, indices) == ("151m", 1024, "uniform"),
+            )
             for size, t, indices in shapes
-        ]  # fmt: skip
-    shapes = [("1.6b", 4096, "uniform", 1), ("1.6b", 16384, "zipf", 1), ("151m", 65536, "zipf", 6), ("1.6b", 1024, "uniform", 6)]
+        ]
+    shapes = [
+        ("1.6b", 4096, "uniform", 1),
+        ("1.6b", 16384, "zipf", 1),
+        ("151m", 65536, "zipf", 6),
+        ("1.6b", 1024, "uniform", 6),
+    ]
     return [
-        Row(subject="backward", size=size, tokens=t, indices=indices, dtype="bfloat16", limit_s=75, priority=priority,
-            goals=(GPU_PEERS, GPU_SHARE) if t >= 4096 and indices == "uniform" else (GPU_PEERS,))
+        Row(
+            subject="backward",
+            size=size,
+            tokens=t,
+            indices=indices,
+            dtype="bfloat16",
+            limit_s=75,
+            priority=priority,
+            goals=(GPU_PEERS, GPU_SHARE) if t >= 4096 and indices == "uniform" else (GPU_PEERS,),
+        )
         for size, t, indices, priority in shapes
-    ]  # fmt: skip
+    ]
 
 
 class Ready(NamedTuple):
@@ -112,8 +135,11 @@ def build(row: Row, device: torch.device) -> Case:
             "peer", "sparse=False; gradients of weights and of a dense table", partial(bag, sparse=False)
         ),
         "embedding_bag, sparse": lambda: contender(
-            "peer", "sparse=True; gradient coalesced, as optimisers need it", partial(bag, sparse=True),
-            coalesce=True, by_core=True,
+            "peer",
+            "sparse=True; gradient coalesced, as optimisers need it",
+            partial(bag, sparse=True),
+            coalesce=True,
+            by_core=True,
         ),
         "embedding_bag, sparse, not coalesced": lambda: contender(
             "yardstick", "sparse=True; a row per slot, as autograd leaves it", partial(bag, sparse=True), by_core=True
@@ -121,7 +147,7 @@ def build(row: Row, device: torch.device) -> Case:
         "gather + einsum": gather,
         "gather + einsum, sparse": gather_sparse,
         "gather + einsum, compiled": gather_compiled,
-    }  # fmt: skip
+    }
     return Case(contenders=contenders, floor=_floor(problem), shape=problem.shape())
 
 
@@ -174,7 +200,9 @@ def check(
     row_TK = indices_TK % problem.n
     popular = torch.mode(row_TK.flatten()).values.view(1)
     rows = torch.unique(torch.cat([popular, row_TK[token].flatten()[:CHECKED]]))
-    actual = _rows_of(grad_table.view(problem.values_ND.shape) if not grad_table.is_sparse else grad_table, rows, problem)
+    actual = _rows_of(
+        grad_table.view(problem.values_ND.shape) if not grad_table.is_sparse else grad_table, rows, problem
+    )
     low, exact = (
         _row_gradients(problem, indices_TK, scores_TKC.to(d), ready.grad_TED.to(d), rows)
         for d in (problem.dtype, torch.float64)
@@ -208,9 +236,7 @@ def _rows_of(gradient: Tensor, rows: Tensor, problem: Problem) -> Tensor:
     return found.index_add(0, position[hit], gradient._values()[hit]).view(rows.numel(), -1)
 
 
-def _row_gradients(
-    problem: Problem, indices_TK: Tensor, scores_TKC: Tensor, grad_TED: Tensor, rows: Tensor
-) -> Tensor:
+def _row_gradients(problem: Problem, indices_TK: Tensor, scores_TKC: Tensor, grad_TED: Tensor, rows: Tensor) -> Tensor:
     """`sum over slots of the row: score * gradient of its block`, slot by slot [R,D]."""
     row_TK = indices_TK % problem.n
     token, slot = torch.isin(row_TK, rows).nonzero(as_tuple=True)

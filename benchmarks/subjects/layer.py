@@ -42,10 +42,18 @@ def rows(suite: Suite) -> list[Row]:
         ]
     shapes = [("1.6b", 64), ("1.6b", 1), ("1.6b", 16), ("1.6b", 4), ("1.6b", 4096), ("151m", 64), ("680m", 64)]
     return [
-        Row(subject="layer", size=size, tokens=t, dtype="bfloat16", graph=t <= DECODE_TOKENS, limit_s=90,
-            goals=(FLOOR, LAUNCHES) if size == "1.6b" and t <= DECODE_TOKENS else (), priority=2 if number < 2 else 7)
+        Row(
+            subject="layer",
+            size=size,
+            tokens=t,
+            dtype="bfloat16",
+            graph=t <= DECODE_TOKENS,
+            limit_s=90,
+            goals=(FLOOR, LAUNCHES) if size == "1.6b" and t <= DECODE_TOKENS else (),
+            priority=2 if number < 2 else 7,
+        )
         for number, (size, t) in enumerate(shapes)
-    ]  # fmt: skip
+    ]
 
 
 def memory_config(row: Row, device: torch.device) -> MemoryConfig:
@@ -124,10 +132,14 @@ def build(row: Row, device: torch.device) -> Case:
             module = MoE(MoEConfig(num_experts=number, experts_per_token=EXPERTS_PER_TOKEN), d, width)
         module = module.to_empty(device=device).to(dtype)
         for weight in module.parameters():
-            weight.data.view(-1, weight.shape[-1]).copy_(make_table(weight[..., 0].numel(), weight.shape[-1], dtype, device))
+            weight.data.view(-1, weight.shape[-1]).copy_(
+                make_table(weight[..., 0].numel(), weight.shape[-1], dtype, device)
+            )
             weight.data.mul_(weight.shape[-2] ** -0.5)
         _frozen(module, dtype, device)
-        settings = f"{EXPERTS_PER_TOKEN} of {number} experts of width {width}: the same FLOPs and parameters; torch.compile"
+        settings = (
+            f"{EXPERTS_PER_TOKEN} of {number} experts of width {width}: the same FLOPs and parameters; torch.compile"
+        )
         return contender("peer", settings, module, module, ChosenExperts(module))
 
     contenders = {
@@ -137,11 +149,17 @@ def build(row: Row, device: torch.device) -> Case:
         ),
         "MoE": moe,
         "dense MLP": dense,
-    }  # fmt: skip
+    }
     facts: dict[str, int | str] = {
-        "batch": shape_BSD[0], "sequence": shape_BSD[1], "hidden_size": d, "rows": config.table_rows,
-        "value_dim": config.value_dim, "slots": config.num_slots, "side": config.grid_side, "key_dim": config.key_dim,
-    }  # fmt: skip
+        "batch": shape_BSD[0],
+        "sequence": shape_BSD[1],
+        "hidden_size": d,
+        "rows": config.table_rows,
+        "value_dim": config.value_dim,
+        "slots": config.num_slots,
+        "side": config.grid_side,
+        "key_dim": config.key_dim,
+    }
     return Case(contenders=contenders, floor=_floor(config, t, dtype), shape=facts)
 
 
@@ -166,7 +184,13 @@ def in_float64(module: nn.Module) -> nn.Module:
     for owner in exact.modules():
         for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
             if tensor is not table and tensor.is_floating_point():
-                setattr(owner, name, nn.Parameter(tensor.double(), requires_grad=False) if name in owner._parameters else tensor.double())
+                setattr(
+                    owner,
+                    name,
+                    nn.Parameter(tensor.double(), requires_grad=False)
+                    if name in owner._parameters
+                    else tensor.double(),
+                )
     return exact
 
 

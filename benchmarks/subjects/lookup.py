@@ -17,15 +17,19 @@ from benchmarks.harness.check import require_as_exact_as_eager
 from benchmarks.harness.contender import Case, Contender, Floor, Role, UnavailableError
 from benchmarks.harness.row import Goal, Row, Suite
 from benchmarks.subjects.fbgemm import batched_embedding, require_fbgemm
-from benchmarks.subjects.shapes import Indices, Size, compiled, dtype_of, make_table, size_of, table_rows
+from benchmarks.subjects.shapes import Indices, compiled, dtype_of, make_table, size_of, table_rows
 from ultramem.ops import lookup_reduce, reference
 
 CHECKED_TOKENS = 32
 GATHER_LIMIT_BYTES = 3 * 2**30  # of the gathered rows, of which there are several copies
 DECODE_TOKENS = (1, 4, 16, 64)
 
-CPU_DECODE = Goal(text=">= 2x embedding_bag at its best, T = 1 to 16", quantity="speedup", bound=2.0, against="embedding_bag")
-CPU_PREFILL = Goal(text=">= 1.1x embedding_bag at its best, T >= 1024", quantity="speedup", bound=1.1, against="embedding_bag")
+CPU_DECODE = Goal(
+    text=">= 2x embedding_bag at its best, T = 1 to 16", quantity="speedup", bound=2.0, against="embedding_bag"
+)
+CPU_PREFILL = Goal(
+    text=">= 1.1x embedding_bag at its best, T >= 1024", quantity="speedup", bound=1.1, against="embedding_bag"
+)
 GPU_DECODE = Goal(
     text="<= 1.25x (bytes / bandwidth) + 3 us, T = 1..64", quantity="over_floor_us", bound=3.0, factor=1.25
 )
@@ -46,8 +50,17 @@ def _cpu_rows() -> list[Row]:
         goals = (CPU_DECODE,) if t <= 16 else (CPU_PREFILL,) if t >= 1024 else ()
         quick = size == "151m" and t in (1, 16, 1024) and indices == "uniform"
         found.append(
-            Row(subject="lookup", size=size, tokens=t, indices=indices, dtype="float32", goals=goals, quick=quick, limit_s=150)
-        )  # fmt: skip
+            Row(
+                subject="lookup",
+                size=size,
+                tokens=t,
+                indices=indices,
+                dtype="float32",
+                goals=goals,
+                quick=quick,
+                limit_s=150,
+            )
+        )
     return found
 
 
@@ -62,9 +75,18 @@ def _gpu_rows() -> list[Row]:
             goals = (GPU_SHARE, GPU_PEERS) if indices == "uniform" else (GPU_PEERS,)
         priority = 0 if (size, t, indices) in first else 6 if size == "1.6b" else 8
         found.append(
-            Row(subject="lookup", size=size, tokens=t, indices=indices, dtype="bfloat16", goals=goals,
-                graph=t in DECODE_TOKENS, priority=priority, limit_s=60)
-        )  # fmt: skip
+            Row(
+                subject="lookup",
+                size=size,
+                tokens=t,
+                indices=indices,
+                dtype="bfloat16",
+                goals=goals,
+                graph=t in DECODE_TOKENS,
+                priority=priority,
+                limit_s=60,
+            )
+        )
     return found
 
 
@@ -93,7 +115,7 @@ class Problem:
     """One table and draws of what is looked up in it."""
 
     def __init__(self, row: Row, device: torch.device) -> None:
-        self.size: Size = size_of(row)
+        self.size = size_of(row)
         self.t, self.dtype, self.device = row.tokens, dtype_of(row), device
         self.values_ND = make_table(table_rows(row, device), self.size.value_dim, self.dtype, device)
         self.indices = Indices(row.indices, n=self.n, e=self.size.blocks, device=device)
@@ -104,9 +126,9 @@ class Problem:
         return self.values_ND.shape[0]
 
     def draw(self) -> Inputs:
-        scores = torch.randn(
-            self.t, self.size.slots, self.size.cores, device=self.device, generator=self.generator
-        ).to(self.dtype)
+        scores = torch.randn(self.t, self.size.slots, self.size.cores, device=self.device, generator=self.generator).to(
+            self.dtype
+        )
         return Inputs(self.indices.draw(self.t, self.size.slots), scores)
 
     @property
@@ -144,8 +166,12 @@ class Problem:
     def shape(self) -> dict[str, int | str]:
         size = self.size
         return {
-            "rows": self.n, "value_dim": size.value_dim, "slots": size.slots, "cores": size.cores, "blocks": size.blocks
-        }  # fmt: skip
+            "rows": self.n,
+            "value_dim": size.value_dim,
+            "slots": size.slots,
+            "cores": size.cores,
+            "blocks": size.blocks,
+        }
 
     def check(self, run: Callable[[Any], Tensor], prepare: Callable[[Inputs], Any]) -> None:
         """The pooled rows of some tokens of a full draw against float64."""
@@ -190,7 +216,9 @@ def build(row: Row, device: torch.device) -> Case:
         return contender("peer", settings, bag, problem.bags)
 
     def bag_whole() -> Contender:
-        return contender("peer", "a bag per (token, core, block); sorting slots into bags is timed", lambda x: bag(problem.bags(x)))
+        return contender(
+            "peer", "a bag per (token, core, block); sorting slots into bags is timed", lambda x: bag(problem.bags(x))
+        )
 
     def gather() -> Contender:
         require_gathered(problem)

@@ -17,7 +17,10 @@ from ultramem.ops import permute_addresses
 
 
 class PlainLayer(nn.Module):
-    """What `UltraMemLayer` computes, without our ops. The singular pair and the shuffled addresses are made once."""
+    """What `UltraMemLayer` computes, without our ops.
+
+    Shuffled addresses are made once, and so is the singular pair in eval mode.
+    """
 
     def __init__(self, layer: UltraMemLayer) -> None:
         super().__init__()
@@ -27,9 +30,9 @@ class PlainLayer(nn.Module):
         self.proj, self.query_norm = layer.query.proj, layer.query.norm
         self.keys_H2RNK, self.key_norm = layer.score.keys_H2RNK, layer.score.norm
         self.cores_HCRR = layer.select.cores_HCRR
-        u_HR, t_HR = leading_singular_pair(self.cores_HCRR.sum(1))
-        self.register_buffer("u_HR", u_HR.to(self.cores_HCRR.dtype))
-        self.register_buffer("t_HR", t_HR.to(self.cores_HCRR.dtype))
+        u_HR, t_HR = self.singular_pair()
+        self.register_buffer("u_HR", u_HR)
+        self.register_buffer("t_HR", t_HR)
         count = layer.lookup.num_addresses
         addresses = torch.arange(count, device=self.keys_H2RNK.device)
         self.register_buffer("permutation", permute_addresses(addresses, count, layer.lookup.seed))
@@ -48,10 +51,15 @@ class PlainLayer(nn.Module):
         pooled_TEV = gather_einsum(self.values_NV, self.blocks, indices_TK, scores_TKC)
         return F.linear(pooled_TEV.flatten(1).to(self.expand.dtype), self.expand).view(hidden_BSD.shape)
 
+    def singular_pair(self) -> tuple[Tensor, Tensor]:
+        u_HR, t_HR = leading_singular_pair(self.cores_HCRR.sum(1))
+        return u_HR.to(self.cores_HCRR.dtype), t_HR.to(self.cores_HCRR.dtype)
+
     def select(self, row_THRN: Tensor, col_THRN: Tensor) -> tuple[Tensor, Tensor]:
         n, m = row_THRN.shape[-1], self.m
-        row_THM = torch.einsum("hr,thrn->thn", self.u_HR, row_THRN).topk(m).indices
-        col_THM = torch.einsum("hr,thrn->thn", self.t_HR, col_THRN).topk(m).indices
+        u_HR, t_HR = self.singular_pair() if self.training else (self.u_HR, self.t_HR)
+        row_THM = torch.einsum("hr,thrn->thn", u_HR, row_THRN).topk(m).indices
+        col_THM = torch.einsum("hr,thrn->thn", t_HR, col_THRN).topk(m).indices
         where = (*row_THRN.shape[:3], m)
         row_THRM = row_THRN.gather(-1, row_THM.unsqueeze(2).expand(where))
         col_THRM = col_THRN.gather(-1, col_THM.unsqueeze(2).expand(where))

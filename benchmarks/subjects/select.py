@@ -30,15 +30,30 @@ def rows(suite: Suite) -> list[Row]:
     if suite == "cpu":
         shapes = [("151m", t) for t in (1, 16, 64, 1024)] + [("680m", 64), ("1.6b", 1), ("1.6b", 64), ("1.6b", 1024)]
         return [
-            Row(subject="select", size=size, tokens=t, dtype="float32", goals=GOALS, quick=(size, t) in (("151m", 1), ("151m", 64)))
+            Row(
+                subject="select",
+                size=size,
+                tokens=t,
+                dtype="float32",
+                goals=GOALS,
+                quick=(size, t) in (("151m", 1), ("151m", 64)),
+            )
             for size, t in shapes
-        ]  # fmt: skip
+        ]
     shapes = [("1.6b", 64), ("1.6b", 4096), ("1.6b", 1), ("1.6b", 16384), ("151m", 64), ("151m", 16384), ("680m", 4096)]
     return [
-        Row(subject="select", size=size, tokens=t, dtype="bfloat16", goals=GOALS, graph=t <= 64, limit_s=60,
-            priority=2 if number < 2 else 7)
+        Row(
+            subject="select",
+            size=size,
+            tokens=t,
+            dtype="bfloat16",
+            goals=GOALS,
+            graph=t <= 64,
+            limit_s=60,
+            priority=2 if number < 2 else 7,
+        )
         for number, (size, t) in enumerate(shapes)
-    ]  # fmt: skip
+    ]
 
 
 class Sides(NamedTuple):
@@ -111,19 +126,29 @@ def build(row: Row, device: torch.device) -> Case:
             "peer", "the op's aten path under torch.compile, static shapes", run=eager_compiled
         ),
         "key GEMM": lambda: contender(
-            "yardstick", "scores of both sides from queries, what comes before", partial(draw_query, problem),
-            partial(key_scores, problem), partial(check_key_scores, problem),
+            "yardstick",
+            "scores of both sides from queries, what comes before",
+            partial(draw_query, problem),
+            partial(key_scores, problem),
+            partial(check_key_scores, problem),
         ),
         "torch.topk of both sides": lambda: contender(
-            "yardstick", "torch.topk of u^T row and t^T col, without what follows", problem.draw,
-            partial(top_of_sides, problem), partial(check_top_of_sides, problem),
+            "yardstick",
+            "torch.topk of u^T row and t^T col, without what follows",
+            problem.draw,
+            partial(top_of_sides, problem),
+            partial(check_top_of_sides, problem),
         ),
-    }  # fmt: skip
+    }
     size = problem.size
     shape: dict[str, int | str] = {
-        "side": problem.side, "heads": size.heads, "rank": size.rank, "cores": size.cores, "top_m": problem.m,
+        "side": problem.side,
+        "heads": size.heads,
+        "rank": size.rank,
+        "cores": size.cores,
+        "top_m": problem.m,
         "key_dim": size.key_dim,
-    }  # fmt: skip
+    }
     return Case(contenders=contenders, floor=problem.floor(), shape=shape)
 
 
@@ -133,9 +158,7 @@ def check_kept(problem: Problem, sides: Sides, kept: TopK) -> None:
     few = (sides.row_THRN[token], sides.col_THRN[token], problem.cores_HCRR, problem.u_HR, problem.t_HR)
     exact = reference.tucker_topk(*(x.double() for x in few), problem.m)
     eager = reference.tucker_topk(*few[:3], *(x.to(problem.dtype) for x in few[3:]), problem.m)
-    require_as_exact_as_eager(
-        "kept scores", kept.scores[token].sum(-1), eager.scores.sum(-1), exact.scores.sum(-1)
-    )
+    require_as_exact_as_eager("kept scores", kept.scores[token].sum(-1), eager.scores.sum(-1), exact.scores.sum(-1))
     n = problem.side
     row, col = (
         side.double().gather(-1, where.unsqueeze(2).expand(*side.shape[:3], problem.m))

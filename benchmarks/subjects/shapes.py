@@ -98,4 +98,3 @@ class Indices:
         rank = torch.exp(uniform * math.log(self.n + 1)).long().clamp_(1, self.n) - 1
         block = torch.randint(self.e, shape, **options)
         return block * self.n + rank * self.stride % self.n
-

@@ -29,13 +29,29 @@ def rows(suite: Suite) -> list[Row]:
     if suite == "cpu":
         shapes = [(t, kind) for t in (64, 1024, 16384) for kind in ("uniform", "zipf")]
         return [
-            Row(subject="update", size="2^20 x 256", tokens=t, indices=kind, dtype="float32", quick=(t, kind) == (1024, "uniform"))
+            Row(
+                subject="update",
+                size="2^20 x 256",
+                tokens=t,
+                indices=kind,
+                dtype="float32",
+                quick=(t, kind) == (1024, "uniform"),
+            )
             for t, kind in shapes
-        ]  # fmt: skip
+        ]
     return [
-        Row(subject="update", size="20M x 64", tokens=t, indices=kind, dtype="float32", goals=(ADAMW_GPU,), limit_s=75, priority=3)
+        Row(
+            subject="update",
+            size="20M x 64",
+            tokens=t,
+            indices=kind,
+            dtype="float32",
+            goals=(ADAMW_GPU,),
+            limit_s=75,
+            priority=3,
+        )
         for t, kind in ((16384, "uniform"), (16384, "zipf"))
-    ]  # fmt: skip
+    ]
 
 
 class Problem:
@@ -89,9 +105,11 @@ def build(row: Row, device: torch.device) -> Case:
             settings=settings,
             draw=draw,
             run=run,
-            check=lambda: check(problem, table, optimizer, run, lambda g: g if buffer is None else _into(buffer, g), oracle),
+            check=lambda: check(
+                problem, table, optimizer, run, lambda g: g if buffer is None else _into(buffer, g), oracle
+            ),
             graphable=False,
-        )  # fmt: skip
+        )
 
     common = {"lr": LR, "betas": BETAS, "eps": EPS}
 
@@ -100,22 +118,31 @@ def build(row: Row, device: torch.device) -> Case:
 
     contenders = {
         "LazyAdamW": lambda: contender(
-            "ours", "ultramem.optim; touched rows, equal to dense AdamW",
-            lambda p: LazyAdamW(p, **common, weight_decay=DECAY), dense_oracle,
+            "ours",
+            "ultramem.optim; touched rows, equal to dense AdamW",
+            lambda p: LazyAdamW(p, **common, weight_decay=DECAY),
+            dense_oracle,
         ),
         "RowAdagrad": lambda: contender(
-            "ours", "ultramem.optim; touched rows, one accumulator a row",
-            lambda p: RowAdagrad(p, lr=LR, eps=EPS, weight_decay=DECAY), _RowAdagradOracle,
+            "ours",
+            "ultramem.optim; touched rows, one accumulator a row",
+            lambda p: RowAdagrad(p, lr=LR, eps=EPS, weight_decay=DECAY),
+            _RowAdagradOracle,
         ),
         "AdamW": lambda: contender(
-            "peer", "torch.optim.AdamW(fused=True), dense gradient",
-            lambda p: torch.optim.AdamW(p, **common, weight_decay=DECAY, fused=True), dense_oracle, dense=True,
+            "peer",
+            "torch.optim.AdamW(fused=True), dense gradient",
+            lambda p: torch.optim.AdamW(p, **common, weight_decay=DECAY, fused=True),
+            dense_oracle,
+            dense=True,
         ),
         "SparseAdam": lambda: contender(
-            "peer", "torch.optim.SparseAdam; rows without a gradient keep their momentum, no decay",
-            lambda p: torch.optim.SparseAdam(p, **common), lambda p: torch.optim.SparseAdam(p, **common),
+            "peer",
+            "torch.optim.SparseAdam; rows without a gradient keep their momentum, no decay",
+            lambda p: torch.optim.SparseAdam(p, **common),
+            lambda p: torch.optim.SparseAdam(p, **common),
         ),
-    }  # fmt: skip
+    }
     shape: dict[str, int | str] = {"rows": problem.n, "columns": problem.d, "slots": SLOTS}
     return Case(contenders=contenders, floor=problem.floor(), shape=shape)
 
