@@ -50,7 +50,7 @@ def rows(suite: Suite) -> list[Row]:
             graph=t <= DECODE_TOKENS,
             limit_s=90,
             goals=(FLOOR, LAUNCHES) if size == "1.6b" and t <= DECODE_TOKENS else (),
-            priority=2 if number < 2 else 7,
+            priority=2 if number < 2 else 4 if number < 4 else 7,
         )
         for number, (size, t) in enumerate(shapes)
     ]

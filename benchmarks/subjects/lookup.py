@@ -73,7 +73,7 @@ def _gpu_rows() -> list[Row]:
         goals: tuple[Goal, ...] = (GPU_DECODE,) if t <= 64 else ()
         if t >= 4096:
             goals = (GPU_SHARE, GPU_PEERS) if indices == "uniform" else (GPU_PEERS,)
-        priority = 0 if (size, t, indices) in first else 6 if size == "1.6b" else 8
+        priority = 0 if (size, t, indices) in first else 4 if size == "1.6b" else 8
         found.append(
             Row(
                 subject="lookup",
