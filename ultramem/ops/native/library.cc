@@ -2,6 +2,7 @@
 #include "lookup_reduce.h"
 #include "select_ops.h"
 #include "torch_ops.h"
+#include "update_ops.h"
 
 namespace {
 

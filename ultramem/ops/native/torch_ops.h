@@ -32,6 +32,7 @@ const Element* read(const Tensor& tensor) {
 
 template <class Element>
 Element* write(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), "ultramem_native ops write contiguous tensors");
   return static_cast<Element*>(tensor.mutable_data_ptr());
 }
 
