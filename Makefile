@@ -40,10 +40,11 @@ test-slow: $(KERNELS)
 gpu:
 	$(PYTHON) -m benchmarks.gpu
 
-gpu-dry-run: $(READY)
+gpu-dry-run: $(KERNELS)
 	OUT=$(or $(OUT),runs/gpu) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu --dry-run
 
-benchmarks: $(READY)
+benchmarks: $(KERNELS)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.run --suite cpu --publish
 	$(BIN)/python -m benchmarks.report
 
