@@ -105,7 +105,7 @@ class FakeCuda:
     now_ms = 0.0
     replays = 0
 
-    class Event:
+    class _Event:
         def __init__(self, enable_timing):
             self.at_ms = None
 
@@ -116,22 +116,22 @@ class FakeCuda:
         def elapsed_time(self, end):
             return end.at_ms - self.at_ms
 
-    class CUDAGraph:
+    class _CUDAGraph:
         def replay(self):
             FakeCuda.replays += 1
 
-    class Stream:
+    class _Stream:
         def wait_stream(self, other):
             pass
 
     @classmethod
     def install(cls, monkeypatch):
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        monkeypatch.setattr(torch.cuda, "current_stream", cls.Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", cls._Stream)
         for name in ("stream", "graph"):
             monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
         for name in ("Event", "CUDAGraph", "Stream"):
-            monkeypatch.setattr(torch.cuda, name, getattr(cls, name))
+            monkeypatch.setattr(torch.cuda, name, getattr(cls, f"_{name}"))
 
 
 def test_on_a_gpu_decode_shapes_are_timed_in_a_graph_on_fresh_inputs(monkeypatch):
