@@ -178,9 +178,7 @@ def table(figures: list[Figures]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--check", action="store_true", help="compare with the committed table")
-    mode.add_argument("--update", action="store_true", help="write the committed table")
+    static_table.add_modes(parser)
     parser.add_argument("--size", action="append", choices=SIZES, help="one size of Table 6 (default: all)")
     parser.add_argument("--dtype", action="append", choices=ITEMSIZE, help="default: all")
     parser.add_argument("--capability", action="append", type=int, choices=CAPABILITIES, help="default: all")

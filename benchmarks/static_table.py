@@ -5,6 +5,7 @@ benchmarks/results/static.json holds one section per tool; docs/static.md is ren
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -95,3 +96,16 @@ def check(
         print(f"{section.name}: not binding, made with {content['versions']}, here is {versions(section)}")
     print(f"{section.name}: {len(fresh)} rows, {len(worse)} worse, {len(better)} better")
     return 1 if worse and binding else 0
+
+
+def add_modes(parser: argparse.ArgumentParser) -> None:
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="end 1 if a row is worse than the committed one")
+    mode.add_argument("--update", action="store_true", help="write the committed table")
+
+
+def conclude(section: Section, rows: list[Row], options: argparse.Namespace) -> int:
+    """Do as `add_modes` says with all rows of a section; returns the exit status."""
+    if options.update:
+        write(section, rows)
+    return check(section, rows) if options.check else 0
