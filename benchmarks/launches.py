@@ -21,17 +21,18 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from benchmarks import static_table
 from benchmarks.fake_cuda import cuda_code, fake_driver
+from benchmarks.op_calls import Call, OperatorRecorder
 from ultramem import ops
 from ultramem.config import MemoryConfig
 from ultramem.graph.memory_layer import UltraMemLayer
@@ -43,9 +44,6 @@ PROMPT = (4, 512)
 DECODE_BATCH = 64
 SECTION = static_table.Section(
     name="launches",
-    title="Kernel launches",
-    about="Of one compiled memory layer of the paper's 1.6B models in bfloat16. The training backward counts a "
-    "backward op of ours by the launches in its body, which also have rows of their own.",
     key=("layer", "phase"),
     at_most={"launches": 1.0},
     libraries=("torch", "triton"),
@@ -103,50 +101,30 @@ def launches_of_code(code: str, op_bodies: dict[str, list[str]]) -> list[str]:
     return names
 
 
-class _Recorder(TorchDispatchMode):
-    """Writes down the PyTorch operators that compute something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        with self:  # of a composite operator and of an op of ours, what counts is inside
-            if func.namespace == "ultramem":
-                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
-            inner = func.decompose(*args, **kwargs)
-        if inner is not NotImplemented:
-            return inner
-        name = func.overloadpacket.__name__
-        if not func.is_view and not name.startswith(("empty", "new_empty", "_unsafe_view")):
-            self.names.append(f"aten {name}")
-        return func(*args, **kwargs)
-
-
 def launches_of_op(run: Callable[[], Any]) -> list[str]:
     """What the Triton path of an op launches; its kernels write nothing."""
-    recorder = _Recorder()
-    with (
-        mock.patch.object(JITFunction, "run", lambda kernel, *_, **__: recorder.names.append(kernel.__name__)),
-        ops.use_implementation(ops.Implementation.TRITON),
-        recorder,
-    ):
+    recorder = OperatorRecorder()
+
+    def launch(kernel: Any, *_: Any, **__: Any) -> None:
+        recorder.calls.append(Call(kernel.__name__, 0))
+
+    forced = ops.use_implementation(ops.Implementation.TRITON)
+    with mock.patch.object(JITFunction, "run", launch), forced, recorder:
         run()
-    return recorder.names
+    return [call.name if call.name.endswith("_kernel") else f"aten {call.name}" for call in recorder.calls]
 
 
 def op_bodies(config: MemoryConfig) -> dict[str, list[str]]:
     """Launches of each opaque op that a layer of this structure may call."""
     t, n, r, c = 3, 64, config.rank, config.num_cores
     h, k, e, d = config.num_heads, config.top_m, config.expansion, config.value_dim
-    x = {"dtype": DTYPE}
-    lookup = (
-        torch.empty(t, e, d, **x), torch.empty(n, d, **x), torch.randint(n, (t, h * k)), torch.empty(t, h * k, c, **x)
-    )  # fmt: skip
+
+    def x(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=DTYPE)
+
+    lookup = x(t, e, d), x(n, d), torch.randint(n, (t, h * k)), x(t, h * k, c)
     addresses = torch.randint(n * n, (t, h, k))
-    side = torch.empty(t, h, r, n, **x)
-    tucker = torch.empty(t, h, k, c, **x), side, side, torch.empty(h, c, r, r, **x), addresses
+    tucker = x(t, h, k, c), x(t, h, r, n), x(t, h, r, n), x(h, c, r, r), addresses
     op = torch.ops.ultramem
     bodies: dict[str, Callable[[], Any]] = {
         "lookup_reduce_backward": lambda: op.lookup_reduce_backward(*lookup, True),
@@ -165,9 +143,10 @@ def graphs_of(
     """The graphs that Inductor would be given, [forward] or [forward, backward], and their inputs."""
     found: list[tuple[GraphModule, list[Any]]] = []
 
-    def keep(graph: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append((graph, list(example_inputs)))
-        return make_boxed_func(graph)
+    def keep(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.append((gm, list(example_inputs)))
+        boxed: Callable[..., Any] = make_boxed_func(gm)
+        return boxed
 
     def partition(joint: GraphModule, joint_inputs: Any, **options: Any) -> Any:
         joint_graph_passes(joint)
@@ -206,7 +185,10 @@ def layer_rows(name: str, config: MemoryConfig) -> list[Launches]:
         output = torch.func.functional_call(layer, parameters, (hidden_BSD, past_BDW))
         return output, layer.next_conv(hidden_BSD, past_BDW)
 
-    phases = {"train": (run, [prompt, *weights]), "prefill": (run, [prompt, *weights])}
+    phases: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+        "train": (run, [prompt, *weights]),
+        "prefill": (run, [prompt, *weights]),
+    }
     if config.conv_width > 1:
         phases["decode"] = decode, [token, past, *weights]
     else:

@@ -33,8 +33,6 @@ LAUNCH_OPTIONS = ("num_warps", "num_stages")  # of a launch's entries; the other
 
 SECTION = static_table.Section(
     name="kernels",
-    title="Compiled kernels",
-    about="What ptxas made of every kernel variant. Registers may grow where that costs no occupancy.",
     key=("kernel", "size", "dtype", "arch"),
     at_most={
         "spills": 1.0, "local_bytes": 1.0, "stack_bytes": 1.0, "atomics": 1.0, "barriers": 1.0,

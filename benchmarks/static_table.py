@@ -24,8 +24,6 @@ class Section:
     """One table, and what makes a row of it worse than the committed one."""
 
     name: str
-    title: str
-    about: str
     key: tuple[str, ...]
     """Fields that name a row."""
     at_most: Mapping[str, float]
