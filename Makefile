@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+KERNELS := $(VENV)/.kernels
+NATIVE := ultramem/ops/native
 DEMO_OUT ?= runs/demo
 
 .PHONY: help demo experiment test test-slow static static-check lint format clean
@@ -18,19 +20,19 @@ help:
 	@echo "make format  ruff format"
 	@echo "make clean   remove the virtual environment and caches (runs/ stays)"
 
-demo: $(READY)
+demo: $(KERNELS)
 	$(BIN)/python examples/demo.py --out $(DEMO_OUT)
 
 # Goes on where it was stopped.
-experiment: $(READY)
+experiment: $(KERNELS)
 	$(BIN)/python examples/experiment.py --publish docs/experiment/raw
 	$(BIN)/python docs/experiment/make_page.py
 
 # Two workers of one thread each: the tests are many small programs, and spinning OpenMP threads would fight over cores.
-test: $(READY)
+test: $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(READY)
+test-slow: $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # Three tools, one table: what ptxas makes of the kernels, launches of a layer, bytes that the kernels ask for.
@@ -52,11 +54,16 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 # torch comes first and pinned, so that nothing else draws in another build of it.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[onnx,triton,dev]'
 	touch $@
 
+# The install has built them; this is for whoever edits them.
+$(KERNELS): $(READY) $(wildcard $(NATIVE)/*.h) $(NATIVE)/library.cc $(NATIVE)/build.py
+	$(BIN)/python -m ultramem.ops.native.build
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache $(NATIVE)/*.so
