@@ -86,11 +86,14 @@ def traceable_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-def opaque_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register `fn` as op `name` that no compiler looks into: for bodies whose order of additions must not change."""
+def opaque_op(name: str, *, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Register `fn` as op `name` that no compiler looks into: for bodies whose order of additions must not change.
+
+    `mutates` names the arguments that it writes to.
+    """
 
     def register(fn: Callable[..., Any]) -> Any:
-        return custom_op(name, fn, mutates_args=(), schema=infer_schema(fn, mutates_args=()))
+        return custom_op(name, fn, mutates_args=mutates, schema=infer_schema(fn, mutates_args=mutates))
 
     return register
 
