@@ -27,6 +27,7 @@ from benchmarks.harness.launches import count_launches
 from benchmarks.harness.measure import FULL, QUICK, REHEARSAL, Budget, measure, summary
 from benchmarks.harness.row import Row
 from ultramem.machine import Machine, gemm_flops_per_second, measure_machine
+from ultramem.ops.implementation import runs_native, runs_triton
 
 GPU = Budget(seconds=0.1, min_rounds=5, max_samples=60)
 GPU_ARRAY_BYTES = 2**32  # 80 times the L2 cache of an H100, and long beside the launch
@@ -79,11 +80,18 @@ def measure_row(row: Row, case: Case, device: torch.device, probed: dict[str, An
         floor = floor_record(case.floor, bytes_per_second=probed["bytes_per_second"], flops_per_second=rate)
     return {
         "status": "measured",
+        "implementation": implementation(device),
         "shape": dict(case.shape),
         "contenders": contenders,
         "floor": floor,
         "goals": [evaluate(goal, contenders, floor, probed) for goal in row.goals],
     }
+
+
+def implementation(device: torch.device) -> str:
+    """Which kernels our ops run on `device`."""
+    tensor = torch.empty(0, device=device)
+    return "triton" if runs_triton(tensor) else "native" if runs_native(tensor) else "aten"
 
 
 def _make(name: str, make: Any) -> tuple[dict[str, Any], Contender | None]:
