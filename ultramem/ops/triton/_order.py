@@ -15,10 +15,11 @@ def ordered_key(x):
 
 @triton.jit
 def packed_key(key, address):
-    """One int64 of (uint32 key, uint32 address), ordered by key, then by the lower address first."""
-    return ((key.to(tl.int64) - 2147483648) << 32) | (~address).to(tl.int64)
+    """One uint64 of (uint32 key, uint32 address), ordered by key, then by the lower address first; 0 is below all."""
+    return (key.to(tl.uint64) << 32) | (~address).to(tl.uint64)
 
 
 @triton.jit
 def packed_address(packed):
-    return ~packed & 0xFFFFFFFF
+    """The address as int64."""
+    return (~packed & 0xFFFFFFFF).to(tl.int64)

@@ -1,13 +1,18 @@
 """Kernel of product_topk and tucker_topk: candidates of both sides, their rescoring and the final top-k in one launch.
 
 Shapes: P = T*H pairs of token and head, R ranks, N the side of the grid, C cores, K kept slots, S rows (and columns) a
-tail, L lists (a list is one tail of one side: 2 or 4), G groups.
+tail, L lists to select from, G groups of a list.
 
-All three selections (rows, columns, cells) are one procedure. Keys are split into G groups; the K-th largest of the
-groups' maxima is a floor that K keys reach, and of keys in no particular order hardly more do (51 on average for
-K = 42 of N = 3584, 44 for the cells). Those few go through scratch memory, where each counts the better ones: its rank.
-So all keys are looked at twice, not 32 times as by a search for the threshold, which is left for what the shortlist
-cannot hold: many equal keys, or all large keys in one place.
+Rows, columns and cells are selected alike, in rounds that look at all keys of a list, G groups of them side by side:
+
+0. The maximum of each group. The K-th largest maximum is a floor that K keys reach, and of keys in no particular order
+   hardly more do (51 on average for K = 42 of N = 3584, 44 for the cells).
+1. Which keys reach the floor. They go through scratch memory, where each counts the better ones: its rank.
+2. to 66., where more do than the shortlist holds (many equal keys, or all large keys in one place): the exact threshold
+   by bits, of keys and then of addresses.
+
+Scores are read again in each round, from L1 after the first: keys that stay in registers would leave room for a quarter
+of the programs.
 
 What decides where a kernel stores is loaded in its own body, not in a helper: else torch.compile takes the arguments of
 that helper for outputs of the kernel and copies them before each launch.
@@ -29,58 +34,34 @@ from ultramem.ops.triton._launch import next_power_of_2, refuse_float64
 from ultramem.ops.triton._order import ordered_key, packed_address, packed_key
 from ultramem.ops.triton.select_two_launches import num_tails, tail_size
 
-# One launch serves what fits: the comparison of all maxima is quadratic in K, and keys stay in registers.
+# One launch serves what fits: a group is one thread's, and a bit of 64 marks each of its keys.
 MAX_K = 64
 MAX_N = 8192
 LOAD_BYTES = 16
 MIN_GROUPS = 64
-# Columns of a block of cells; a block has one cell of each group.
+# Loads of a round that are in flight together, each of R * 16 bytes a lane.
+UNROLL = 8
+# Cells are dealt out in blocks that have one cell for each group: rows (of blocks) below.
 BLOCK_COLUMNS = {64: 8, 128: 16}
 # Shifts between blocks. Good cells lie along the first rows and columns, K / i of them in the i-th best row, so equal
 # places in neighbouring blocks would fall into one group. Of the shifts up to 7 these let the fewest cells through.
 ROW_SHIFT, COLUMN_SHIFT = 3, 7
-# The shortlist holds this many times the keys that are expected to reach the floor: 4 to 6 standard deviations more.
+# The shortlist holds this many times the keys that are expected to reach the floor: 3 to 6 standard deviations more.
 SHORTLIST_ROOM = 1.2
+MIN_SLOTS = 32
 # Maxima span about 2^24 ordered integers, a few octaves of floats: 12 bits tell them apart to a thousandth.
 FLOOR_BITS = 12
 
 
 @triton.jit
-def _count(keep):
-    """[L]: how many of [A,L,G] are True."""
-    return tl.sum(tl.sum(keep.to(tl.int32), 0), 1)
+def _floor(best, M: tl.constexpr, BITS: tl.constexpr):
+    """[L]: what at least M of each list's maxima [L,G] reach: the M-th largest, rounded down.
 
-
-@triton.jit
-def _threshold(key, m):
-    """[L]: the m[L]-th largest uint32 key of each list of [A,L,G]."""
-    found = tl.zeros_like(m).to(tl.uint32)
-    one = tl.full([], 1, tl.uint32)
-    for bit in range(32):
-        candidate = found | (one << (31 - bit))
-        found = tl.where(_count(key >= candidate[None, :, None]) >= m, candidate, found)
-    return found
-
-
-@triton.jit
-def _without(key, address, threshold, M: tl.constexpr):
-    """The keys of [A,L,G] with those that equal the threshold set to 0, but for the lowest addresses: M are left."""
-    equal = key == threshold[None, :, None]
-    priority = tl.where(equal, ~address, 0)
-    last = _threshold(priority, M - _count(key > threshold[None, :, None]))
-    return tl.where(equal & (priority < last[None, :, None]), 0, key)
-
-
-@triton.jit
-def _floor(key, M: tl.constexpr, BITS: tl.constexpr):
-    """[L]: what at least M keys of each list of [A,L,G] reach, and of keys in no particular order few more.
-
-    That is the M-th largest of the groups' maxima, rounded down to one of 2^BITS steps between the lowest and the
-    highest of them. Two bits a round: three counts of at most 128 travel in one word.
+    To one of 2^BITS steps between the lowest and the highest of them; groups without a key, of maximum 0, do not
+    count, and less than M with one give too high a floor. Two bits a time: three counts of at most 256 in one word.
     """
-    best = tl.max(key, 0)
-    lowest = tl.min(best, 1)
-    above = best - lowest[:, None]
+    lowest = tl.min(tl.where(best == 0, 0xFFFFFFFF, best), 1)
+    above = tl.maximum(best, lowest[:, None]) - lowest[:, None]
     length = (tl.max(above, 1).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
     shift = tl.maximum(length - BITS, 0).to(tl.uint32)
     above = (above >> shift[:, None]).to(tl.int32)
@@ -88,26 +69,111 @@ def _floor(key, M: tl.constexpr, BITS: tl.constexpr):
     for bit in range(0, BITS, 2):
         unit = (1 << (BITS - 2)) >> bit
         reach = (above >= (steps + unit)[:, None]).to(tl.int32)
-        reach += (above >= (steps + 2 * unit)[:, None]).to(tl.int32) << 8
-        reach += (above >= (steps + 3 * unit)[:, None]).to(tl.int32) << 16
+        reach += (above >= (steps + 2 * unit)[:, None]).to(tl.int32) << 10
+        reach += (above >= (steps + 3 * unit)[:, None]).to(tl.int32) << 20
         count = tl.sum(reach, 1)
-        enough = ((count & 255) >= M).to(tl.int32) + ((count >> 8 & 255) >= M).to(tl.int32) + (count >> 16 >= M)
-        steps += unit * enough
+        enough = ((count & 1023) >= M).to(tl.int32) + ((count >> 10 & 1023) >= M).to(tl.int32)
+        steps += unit * (enough + (count >> 20 >= M).to(tl.int32))
     return lowest + (steps.to(tl.uint32) << shift)
 
 
 @triton.jit
-def _slots(keep):
-    """Place of each kept key of [A,L,G] in its list, in no order that matters."""
-    kept = keep.to(tl.int32)
-    of_group = tl.sum(kept, 0)
-    return (tl.cumsum(of_group, 1) - of_group)[None, :, :] + tl.cumsum(kept, 0) - kept
+def _candidate(limit, round):
+    """[L]: the packed key that a round tries: the limit, and in the search for the threshold one bit more."""
+    bit = tl.minimum(tl.maximum(65 - round, 0), 63).to(tl.uint64)
+    unit = tl.full([], 1, tl.uint64) << bit
+    return limit | tl.where((round >= 2) & (round <= 65), unit, 0)
+
+
+@triton.jit
+def _reaches(key, candidate, address, base):
+    """key >= candidate of packed keys, for addresses base + address, of which the latter costs no register."""
+    least = (candidate >> 32).to(tl.uint32)
+    last = tl.minimum((~candidate & 0xFFFFFFFF).to(tl.int64), 1 << 30).to(tl.int32) - base
+    return (key > least) | ((key == least) & (address <= last))
+
+
+@triton.jit
+def _next_round(round, limit, candidate, best, marks, M: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr):
+    """The next round and its limit [L], from the maxima [L,G] and the marks of the keys that reach the candidate."""
+    count = tl.sum(_num_marks(marks), 1)
+    if round == 0:
+        limit = _floor(best, M, BITS).to(tl.uint64) << 32
+    elif round == 1:
+        limit = tl.zeros_like(limit)
+    else:
+        limit = tl.where(count >= M, candidate, limit)
+    fits = (round == 1) & (tl.max(count) <= SLOTS) & (tl.min(count) >= M)
+    return tl.where(fits, 67, round + 1), limit
+
+
+@triton.jit
+def _num_marks(marks):
+    """Bits that are set: what the compiler knows as a population count."""
+    if marks.dtype == tl.uint64:
+        return _num_marks(marks.to(tl.uint32)) + _num_marks((marks >> 32).to(tl.uint32))
+    pairs = marks - ((marks >> 1) & 0x55555555)
+    nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    octets = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
+    return ((octets * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _lowest_mark(marks):
+    """Number of the lowest bit, and the bits without it."""
+    without = marks & (marks - 1)
+    return ((marks ^ without).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127, without
 
 
 @triton.jit
 def _rank(packed):
     """How many of a list of [L,SLOTS] are better, each."""
     return tl.sum((packed[:, :, None] > packed[:, None, :]).to(tl.int32), 1)
+
+
+@triton.jit
+def _cell(
+    turn,
+    half,
+    group,
+    S: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ROW_SHIFT: tl.constexpr,
+    COLUMN_SHIFT: tl.constexpr,
+):
+    """Tail, row and column, both by rank, of a group's cell in a turn; some are past the S rows or columns.
+
+    The two halves of a turn are blocks one below the other.
+    """
+    BLOCK_ROWS: tl.constexpr = GROUPS // BLOCK_COLUMNS
+    PAIRS: tl.constexpr = (S + 2 * BLOCK_ROWS - 1) // (2 * BLOCK_ROWS)
+    RIGHT: tl.constexpr = (S + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    right = turn % RIGHT
+    pair = turn // RIGHT % PAIRS
+    i = half * BLOCK_ROWS + (group // BLOCK_COLUMNS + ROW_SHIFT * right) % BLOCK_ROWS + pair * (2 * BLOCK_ROWS)
+    j = (group % BLOCK_COLUMNS + COLUMN_SHIFT * half + 2 * COLUMN_SHIFT * pair) % BLOCK_COLUMNS + right * BLOCK_COLUMNS
+    return turn // (RIGHT * PAIRS), i, j
+
+
+@triton.jit
+def _cell_score(row_at, col_at, mask, S: tl.constexpr, R: tl.constexpr, ADDITIVE: tl.constexpr):
+    """Scores of cells by the summed core, from what was kept of their rows and columns."""
+    score = tl.load(row_at, mask=mask, other=0.0)
+    if ADDITIVE:
+        score += tl.load(col_at, mask=mask, other=0.0)
+    else:
+        score *= tl.load(col_at, mask=mask, other=0.0)
+        for r in tl.static_range(1, R):
+            of_row = tl.load(row_at + r * S, mask=mask, other=0.0)
+            score = tl.fma(of_row, tl.load(col_at + r * S, mask=mask, other=0.0), score)
+    return score
+
+
+@triton.jit
+def _position(at, mask, S: tl.constexpr, R: tl.constexpr):
+    """Positions of kept rows or columns, which lie behind their scores."""
+    return tl.load(at + R * S, mask=mask, other=0.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -130,24 +196,25 @@ def topk_kernel(
     TAILS: tl.constexpr,
     ADDITIVE: tl.constexpr,
     OVERLAP: tl.constexpr,
-    CHUNKS: tl.constexpr,
     GROUPS: tl.constexpr,
     VECTOR: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    UNROLL: tl.constexpr,
     SLOTS: tl.constexpr,
     FLOOR_BITS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    TURNS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     ROW_SHIFT: tl.constexpr,
     COLUMN_SHIFT: tl.constexpr,
 ):
     """The K best cells of a pair, best first: S rows and columns of each tail, their cells rescored.
 
-    Scratch of a pair: `found` [L+1,SLOTS] int64, the shortlists and, in their place, the chosen positions best first;
-    `chosen` [L,R,S] float32, the scores there, those of rows times the summed core.
+    Scratch of a pair: `found` [L+1,SLOTS] int64, the shortlists; `chosen` [L,R+1,S] float32, of the chosen rows and
+    columns, best first, the scores (those of rows times the summed core) and, as bits, the positions. Here L is
+    2 * TAILS, and list = tail * 2 + side.
     Bytes: 2 R N * itemsize read once, K (8 + C * itemsize) written; scratch comes from L1 and L2.
     """
-    LISTS: tl.constexpr = 2 * TAILS  # list = tail * 2 + side
-    LOWEST: tl.constexpr = -9223372036854775808
+    LISTS: tl.constexpr = 2 * TAILS
     pair = tl.program_id(0).to(tl.int64)
     head = tl.program_id(0) % H
     row += pair * (R * N)
@@ -156,123 +223,147 @@ def topk_kernel(
     t += head * R
     cores += head * (C * R * R)
     found += pair * ((LISTS + 1) * SLOTS)
-    chosen += pair * (LISTS * R * S)
+    chosen += pair * (LISTS * (R + 1) * S)
     a = tl.arange(0, SLOTS)[None, :]
     area = tl.arange(0, LISTS)[:, None] * SLOTS
-    tl.store(found + area + a, tl.full([LISTS, SLOTS], LOWEST, tl.int64))
-    tl.store(found + LISTS * SLOTS + a, tl.full([1, SLOTS], LOWEST, tl.int64))
-
-    # Both sides at once, [CHUNKS, 2, GROUPS, VECTOR] scores, VECTOR of them side by side in memory.
-    side = tl.arange(0, 2)[None, :, None, None]
-    chunk = tl.arange(0, CHUNKS)[:, None, None, None]
-    group = tl.arange(0, GROUPS)[None, None, :, None]
-    i = (chunk * GROUPS + group) * VECTOR + tl.arange(0, VECTOR)[None, None, None, :] + side * 0
-    x = tl.zeros([CHUNKS, 2, GROUPS, VECTOR], tl.float32)
-    for r in tl.static_range(R):
-        at = tl.where(side == 0, row, col) + (r * N + i)
-        if N % VECTOR == 0:
-            at = tl.max_contiguous(tl.multiple_of(at, [1, 1, 1, 16]), [1, 1, 1, VECTOR])
-        score = tl.load(at, mask=i < N, other=0.0).to(tl.float32)
-        if not ADDITIVE:
-            score *= tl.load(tl.where(side == 0, u, t) + r).to(tl.float32)
-        x += score
-    ordered = tl.where(i < N, ordered_key(x), 0)
-    ordered = tl.reshape(tl.permute(ordered, (3, 0, 1, 2)), [VECTOR * CHUNKS, 2, GROUPS])
-    # The same positions in that shape: a thread keeps its keys, and stores of theirs need no exchange between threads.
-    side = tl.arange(0, 2)[None, :, None]
-    group = tl.arange(0, GROUPS)[None, None, :]
-    place = tl.arange(0, VECTOR * CHUNKS)[:, None, None]
-    i = (place % CHUNKS * GROUPS + group) * VECTOR + place // CHUNKS + side * 0
-    position = i.to(tl.uint32)
+    tl.store(found + area + a, tl.zeros([LISTS, SLOTS], tl.int64))
+    tl.store(found + LISTS * SLOTS + a, tl.zeros([1, SLOTS], tl.int64))
     tl.debug_barrier()  # the scratch is empty
-    for tail in range(TAILS):
-        key = ordered
-        if TAILS == 2:  # the smallest are the largest of the complement, which is 0 for NaN
-            key = tl.where(i < N, tl.maximum(ordered ^ tl.where(tail == 1, 0xFFFFFFFF, 0).to(tl.uint32), 1), 0)
-        floor = _floor(key, S, FLOOR_BITS)
-        if tl.max(_count(key >= floor[None, :, None])) > SLOTS:
-            floor = _threshold(key, tl.full([2], S, tl.int32))
-            key = _without(key, position, floor, S)
-        keep = key >= floor[None, :, None]
-        to = found + (tail * 2 + side) * SLOTS + _slots(keep)
-        tl.store(to, packed_key(key, position), mask=keep)
-    tl.debug_barrier()
 
-    mine = tl.load(found + area + a)
+    # Both sides at once, [2, GROUPS, VECTOR] scores a chunk, VECTOR of them side by side in memory.
+    side = tl.arange(0, 2)[:, None]
+    group = tl.arange(0, GROUPS)[None, :]
+    scores_at = tl.where(side == 0, row, col)
+    weights_at = tl.where(side == 0, u, t)
+    lane = tl.arange(0, VECTOR)[None, None, :]
+    MARKS: tl.constexpr = tl.uint32 if CHUNKS * VECTOR <= 32 else tl.uint64
+    for tail in range(TAILS):
+        flip = tl.where(tail == 1, 0xFFFFFFFF, 0).to(tl.uint32)  # the smallest are the largest of the complement
+        limit = tl.zeros([2], tl.uint64)
+        marks = tl.zeros([2, GROUPS], MARKS)
+        round = 0
+        while round < 67:
+            candidate = _candidate(limit, round)
+            best = tl.zeros([2, GROUPS], tl.uint32)
+            marks = tl.zeros([2, GROUPS], MARKS)
+            for first in range(0, CHUNKS, UNROLL):
+                for more in tl.static_range(UNROLL):
+                    chunk = first + more
+                    place = chunk * (GROUPS * VECTOR) + lane
+                    i = (group * VECTOR)[:, :, None] + place + side[:, :, None] * 0
+                    x = tl.zeros([2, GROUPS, VECTOR], tl.float32)
+                    for r in tl.static_range(R):
+                        at = scores_at[:, :, None] + (r * N + i)
+                        if N % VECTOR == 0:
+                            at = tl.max_contiguous(tl.multiple_of(at, [1, 1, 16]), [1, 1, VECTOR])
+                        score = tl.load(at, mask=i < N, other=0.0).to(tl.float32)
+                        if ADDITIVE:
+                            x += score
+                        else:
+                            x = tl.fma(score, tl.load(weights_at + r)[:, :, None].to(tl.float32), x)
+                    # NaN has the largest key, of which the complement is 0, as no key may be.
+                    key = tl.where(i < N, tl.maximum(ordered_key(x) ^ flip, 1), 0)
+                    best = tl.maximum(best, tl.max(key, 2))
+                    reached = _reaches(key, candidate[:, None, None], place, (group * VECTOR)[:, :, None])
+                    bit = tl.full([], 1, MARKS) << (chunk * VECTOR + lane).to(MARKS)
+                    marks += tl.sum(tl.where(reached, bit, 0), 2)
+            round, limit = _next_round(round, limit, candidate, best, marks, S, SLOTS, FLOOR_BITS)
+        count = _num_marks(marks)
+        to = found + (tail * 2 + side) * SLOTS + tl.cumsum(count, 1) - count
+        for e in range(tl.max(count)):
+            mark, marks = _lowest_mark(marks)
+            listed = ((mark // VECTOR) * GROUPS + group) * VECTOR + mark % VECTOR
+            some = e < count
+            y = tl.zeros([2, GROUPS], tl.float32)
+            for r in tl.static_range(R):
+                listed_score = tl.load(scores_at + (r * N + listed), mask=some, other=0.0).to(tl.float32)
+                if ADDITIVE:
+                    y += listed_score
+                else:
+                    y = tl.fma(listed_score, tl.load(weights_at + r).to(tl.float32), y)
+            tl.store(to + e, packed_key(ordered_key(y) ^ flip, listed.to(tl.uint32)), mask=some)
+    tl.debug_barrier()  # slots were written by other threads
+
+    mine = tl.load(found + area + a).to(tl.uint64)
     rank = _rank(mine)
     at_kept = packed_address(mine)
-    real = mine != LOWEST
     is_row = (area // SLOTS) % 2 == 0
-    tl.debug_barrier()  # all shortlists are read
-    tl.store(found + area + rank, at_kept, mask=rank < S)
+    chosen_at = chosen + (area // SLOTS) * ((R + 1) * S) + rank
+    tl.store(chosen_at + R * S, at_kept.to(tl.int32).to(tl.float32, bitcast=True), mask=rank < S)
     for s in tl.static_range(R):
-        value = tl.load(tl.where(is_row, row, col) + (s * N + at_kept), mask=real, other=0.0).to(tl.float32)
+        value = tl.load(tl.where(is_row, row, col) + (s * N + at_kept), mask=rank < S, other=0.0).to(tl.float32)
         if not ADDITIVE:
             left = tl.zeros([LISTS, SLOTS], tl.float32)
             for r in tl.static_range(R):
                 weight = tl.load(cores + r * R + s).to(tl.float32)
                 for c in tl.static_range(1, C):
                     weight += tl.load(cores + (c * R + r) * R + s).to(tl.float32)
-                left += weight * tl.load(row + (r * N + at_kept), mask=real & is_row, other=0.0).to(tl.float32)
+                left += weight * tl.load(row + (r * N + at_kept), mask=(rank < S) & is_row, other=0.0).to(tl.float32)
             value = tl.where(is_row, left, value)
-        tl.store(chosen + ((area // SLOTS) * R + s) * S + rank, value, mask=rank < S)
+        tl.store(chosen_at + s * S, value, mask=rank < S)
     tl.debug_barrier()
 
-    # Cells, [BLOCKS, 1, GROUPS]: a block has one cell of each group.
-    BLOCK_ROWS: tl.constexpr = GROUPS // BLOCK_COLUMNS
-    DOWN: tl.constexpr = (S + BLOCK_ROWS - 1) // BLOCK_ROWS
-    RIGHT: tl.constexpr = (S + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    block = tl.arange(0, BLOCKS)[:, None, None]
-    right = block % RIGHT
-    down = block // RIGHT % DOWN
-    tail_list = block // (RIGHT * DOWN) * 2
-    i = down * BLOCK_ROWS + (group // BLOCK_COLUMNS + ROW_SHIFT * right) % BLOCK_ROWS
-    j = right * BLOCK_COLUMNS + (group % BLOCK_COLUMNS + COLUMN_SHIFT * down) % BLOCK_COLUMNS
-    valid = (i < S) & (j < S) & (tail_list < LISTS)
-    score = tl.zeros([BLOCKS, 1, GROUPS], tl.float32)
-    for s in tl.static_range(R):
-        of_row = tl.load(chosen + (tail_list * R + s) * S + i, mask=valid, other=0.0)
-        of_col = tl.load(chosen + ((tail_list + 1) * R + s) * S + j, mask=valid, other=0.0)
-        score += of_row + of_col if ADDITIVE else of_row * of_col
-    row_at = found + tail_list * SLOTS + i
-    col_at = found + (tail_list + 1) * SLOTS + j
-    if OVERLAP:  # a cell of both tails counts once
-        row_position = tl.load(row_at, mask=valid, other=0)
-        col_position = tl.load(col_at, mask=valid, other=0)
-        row_twice = row_position < 0
-        col_twice = col_position < 0
-        for s in range(S):
-            row_twice = row_twice | (row_position == tl.load(found + s))
-            col_twice = col_twice | (col_position == tl.load(found + SLOTS + s))
-        valid = valid & ((tail_list == 0) | ~(row_twice & col_twice))
-    key = tl.where(valid, ordered_key(score), 0)
-    floor = _floor(key, K, FLOOR_BITS)
-    if tl.max(_count(key >= floor[None, :, None])) > SLOTS:
-        address = tl.load(row_at, mask=valid, other=0) * N + tl.load(col_at, mask=valid, other=0)
-        floor = _threshold(key, tl.full([1], K, tl.int32))
-        key = _without(key, address.to(tl.uint32), floor, K)
-    keep = key >= floor[None, :, None]
-    address = tl.load(row_at, mask=keep, other=0) * N + tl.load(col_at, mask=keep, other=0)
-    tl.store(found + LISTS * SLOTS + _slots(keep), packed_key(key, address.to(tl.uint32)), mask=keep)
+    # Cells, those of two blocks a turn: [1, 2 * GROUPS].
+    CELL_MARKS: tl.constexpr = tl.uint32 if TURNS <= 32 else tl.uint64
+    half = tl.arange(0, 2 * GROUPS)[None, :] // GROUPS
+    group = tl.arange(0, 2 * GROUPS)[None, :] % GROUPS
+    limit = tl.zeros([1], tl.uint64)
+    marks = tl.zeros([1, 2 * GROUPS], CELL_MARKS)
+    round = 0
+    while round < 67:
+        candidate = _candidate(limit, round)
+        best = tl.zeros([1, 2 * GROUPS], tl.uint32)
+        marks = tl.zeros([1, 2 * GROUPS], CELL_MARKS)
+        for turn in tl.static_range(TURNS):
+            of_tail, down, right = _cell(turn, half, group, S, GROUPS, BLOCK_COLUMNS, ROW_SHIFT, COLUMN_SHIFT)
+            valid = (down < S) & (right < S)
+            row_at = chosen + of_tail * (2 * (R + 1) * S) + down
+            col_at = chosen + (of_tail * 2 + 1) * ((R + 1) * S) + right
+            if OVERLAP:  # a cell of both tails counts once
+                row_twice = down < 0
+                col_twice = right < 0
+                for s in range(S):
+                    high_row = tl.load(chosen + R * S + s).to(tl.int32, bitcast=True)
+                    high_col = tl.load(chosen + (2 * R + 1) * S + s).to(tl.int32, bitcast=True)
+                    row_twice = row_twice | (_position(row_at, valid, S, R) == high_row)
+                    col_twice = col_twice | (_position(col_at, valid, S, R) == high_col)
+                valid = valid & ((of_tail == 0) | ~(row_twice & col_twice))
+            cell_score = _cell_score(row_at, col_at, valid, S, R, ADDITIVE)
+            cell_key = tl.where(valid, ordered_key(cell_score), 0)
+            best = tl.maximum(best, cell_key)
+            tied = valid & (down * 0 + round >= 2)  # addresses matter
+            place = _position(row_at, tied, S, R) * N + _position(col_at, tied, S, R)
+            reached = packed_key(cell_key, place.to(tl.uint32)) >= candidate[:, None]
+            marks += tl.where(reached, tl.full([], 1, CELL_MARKS) << turn, 0)
+        round, limit = _next_round(round, limit, candidate, best, marks, K, SLOTS, FLOOR_BITS)
+    count = _num_marks(marks)
+    to = found + LISTS * SLOTS + tl.cumsum(count, 1) - count
+    for e in range(tl.max(count)):
+        mark, marks = _lowest_mark(marks)
+        of_tail, down, right = _cell(mark, half, group, S, GROUPS, BLOCK_COLUMNS, ROW_SHIFT, COLUMN_SHIFT)
+        some = e < count
+        row_at = chosen + of_tail * (2 * (R + 1) * S) + down
+        col_at = chosen + (of_tail * 2 + 1) * ((R + 1) * S) + right
+        cell_score = _cell_score(row_at, col_at, some, S, R, ADDITIVE)
+        place = _position(row_at, some, S, R) * N + _position(col_at, some, S, R)
+        tl.store(to + e, packed_key(ordered_key(cell_score), place.to(tl.uint32)), mask=some)
     tl.debug_barrier()
 
-    mine = tl.load(found + LISTS * SLOTS + a)
+    mine = tl.load(found + LISTS * SLOTS + a).to(tl.uint64)
     rank = _rank(mine)
     kept = packed_address(mine)
-    i_kept = tl.where(rank < K, kept // N, 0)
-    j_kept = tl.where(rank < K, kept % N, 0)
     out = pair * K + rank
     tl.store(addresses + out, kept, mask=rank < K)
     for c in tl.static_range(C):
-        if ADDITIVE:
-            total = tl.load(row + i_kept).to(tl.float32) + tl.load(col + j_kept).to(tl.float32)
-        else:
-            total = tl.zeros([1, SLOTS], tl.float32)
-            for r in tl.static_range(R):
-                x = tl.load(row + r * N + i_kept).to(tl.float32)
-                for s in tl.static_range(R):
-                    y = tl.load(col + s * N + j_kept).to(tl.float32)
-                    total += tl.load(cores + (c * R + r) * R + s).to(tl.float32) * x * y
+        total = tl.zeros([1, SLOTS], tl.float32)
+        for r in tl.static_range(R):
+            x_kept = tl.load(row + r * N + kept // N, mask=rank < K, other=0.0).to(tl.float32)
+            for s in tl.static_range(R):
+                y_kept = tl.load(col + s * N + kept % N, mask=rank < K, other=0.0).to(tl.float32)
+                if ADDITIVE:
+                    total += x_kept + y_kept
+                else:
+                    total += tl.load(cores + (c * R + r) * R + s).to(tl.float32) * x_kept * y_kept
         tl.store(scores + out * C + c, total.to(scores.dtype.element_ty), mask=rank < K)
 
 
@@ -280,7 +371,7 @@ def topk_launch(n: int, r: int, c: int, k: int, *, candidates: str, additive: bo
     """Constants and warps of the kernel."""
     size, tails = tail_size(k, candidates), num_tails(candidates)
     groups, vector = max(MIN_GROUPS, next_power_of_2(2 * k)), LOAD_BYTES // itemsize
-    chunks = next_power_of_2(triton.cdiv(n, groups * vector))
+    chunks = triton.cdiv(n, groups * vector)
     # Of keys in random order, -G log(1 - K/G) reach the K-th largest of G maxima.
     expected = -groups * math.log1p(-k / groups)
     columns = BLOCK_COLUMNS[groups]
@@ -293,12 +384,13 @@ def topk_launch(n: int, r: int, c: int, k: int, *, candidates: str, additive: bo
         "TAILS": tails,
         "ADDITIVE": additive,
         "OVERLAP": tails == 2 and 2 * size > n,
-        "CHUNKS": chunks,
         "GROUPS": groups,
         "VECTOR": vector,
-        "SLOTS": next_power_of_2(math.ceil(SHORTLIST_ROOM * expected)),
+        "CHUNKS": chunks,
+        "UNROLL": triton.cdiv(chunks, triton.cdiv(chunks, UNROLL)),
+        "SLOTS": max(MIN_SLOTS, next_power_of_2(math.ceil(SHORTLIST_ROOM * expected))),
         "FLOOR_BITS": FLOOR_BITS,
-        "BLOCKS": next_power_of_2(tails * triton.cdiv(size, groups // columns) * triton.cdiv(size, columns)),
+        "TURNS": tails * triton.cdiv(size, 2 * groups // columns) * triton.cdiv(size, columns),
         "BLOCK_COLUMNS": columns,
         "ROW_SHIFT": ROW_SHIFT,
         "COLUMN_SHIFT": COLUMN_SHIFT,
@@ -350,7 +442,7 @@ def _launch_forward(
         return addresses
     lists = 2 * launch["TAILS"]
     found = row.new_empty(pairs, lists + 1, launch["SLOTS"], dtype=torch.int64)
-    chosen = row.new_empty(pairs, lists, r, launch["S"], dtype=torch.float32)
+    chosen = row.new_empty(pairs, lists, r + 1, launch["S"], dtype=torch.float32)
     wrap_triton(topk_kernel)[(pairs,)](row, col, u, t, cores, found, chosen, scores, addresses, heads, **launch)
     return addresses
 

@@ -171,8 +171,7 @@ def grid_topk_kernel(
     tl.debug_barrier()  # slots were written by other threads
 
     a = tl.arange(0, SLOTS)
-    lowest: tl.constexpr = -9223372036854775808
-    mine = tl.load(found + a, mask=a < K, other=lowest)
+    mine = tl.load(found + a, mask=a < K, other=0).to(tl.uint64)
     better = mine[None, :] > mine[:, None]
     rank = tl.sum(better.to(tl.int32), axis=1)
     kept = packed_address(mine)
