@@ -7,13 +7,15 @@ KERNELS := $(VENV)/.kernels
 NATIVE := ultramem/ops/native
 DEMO_OUT ?= runs/demo
 
-.PHONY: help demo experiment test test-slow gpu gpu-dry-run benchmarks lint format clean
+.PHONY: help demo experiment test test-slow static static-check gpu gpu-dry-run benchmarks lint format clean
 
 help:
 	@echo "make demo    train, compare, export and profile a small model; ends with the path of an HTML report"
 	@echo "make experiment  train and compare the families and the switches of UltraMem, two hours; writes docs/experiment"
 	@echo "make test    the tests"
 	@echo "make test-slow  the tests of over a minute"
+	@echo "make static-check  compile every GPU kernel, count launches and bytes: fails where a figure is worse than committed"
+	@echo "make static  write those figures anew, and docs/static.md"
 	@echo "make gpu     tests and benchmarks on a GPU in nine minutes; needs torch, triton and pytest under PYTHON alone"
 	@echo "make gpu-dry-run  the same script on a CPU, on small shapes, in Triton's interpreter"
 	@echo "make benchmarks  every CPU benchmark, half an hour on two quiet cores; writes benchmarks/results and docs"
@@ -35,6 +37,15 @@ test: $(KERNELS)
 
 test-slow: $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# Three tools, one table: what ptxas makes of the kernels, launches of a layer, bytes that the kernels ask for.
+static: MODE = --update
+static-check: MODE = --check
+static static-check: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.offline_gate $(MODE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.launches $(MODE)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m benchmarks.traffic $(MODE)
+	$(if $(filter static,$@),$(BIN)/python -m benchmarks.static_page)
 
 # Without the virtual environment: on a rented machine nothing is installed, the image has what it takes.
 gpu:

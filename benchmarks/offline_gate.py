@@ -1,69 +1,51 @@
-"""Compile every Triton kernel for sm_80 and sm_90 at the paper's sizes, without a GPU, and read what the cubin says.
+"""Compile every Triton kernel at the paper's sizes, without a GPU, and read what the cubin says.
 
-Prints registers, spills, memory and load widths; the last line is one JSON object. Ends 1 if a kernel spills or a
-kernel reads value rows by less than 16 bytes a lane.
+    python -m benchmarks.offline_gate [--check | --update] [--size 1.6b] [--dtype bf16] [--capability 90] [--kernel X]
 
-    python benchmarks/offline_gate.py [--size 1.6b] [--capability 90] [--jobs 2]
+Prints registers, spills, memory, access widths and occupancy. Ends 1 if a kernel spills, uses atomics or leaves the
+budget of benchmarks/gate_cases.py, and with --check if a row is worse than the committed one.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import concurrent.futures
-import json
+import multiprocessing
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
-
-if "TRITON_INTERPRET" in os.environ:
-    sys.exit("offline_gate compiles kernels: run it without TRITON_INTERPRET")
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ultramem.ops.triton import lookup_reduce, permute_addresses, select
+from benchmarks import static_table
+from benchmarks.cubin import WIDEST_ACCESS_BYTES, read_code, read_resources, wide_share
+from benchmarks.gate_cases import CAPABILITIES, ITEMSIZE, SIZES, Budget, Case, cases
+from benchmarks.occupancy import LIMITS, THREADS_PER_WARP, resident_warps
 
-THREADS_PER_WARP = 32
-WIDEST_LOAD_BYTES = 16
 POINTER_ALIGNMENT = 16
-RANKS, CORES, BLOCKS, HEADS = 2, 2, 4, 2
-CAPABILITIES = (80, 90)
-ITEMSIZE = {"bf16": 2, "fp32": 4}
+LAUNCH_OPTIONS = ("num_warps", "num_stages")  # of a launch's entries; the others are the kernel's constants
 
 
-class Size(NamedTuple):
-    """One UltraMem row of the paper's Table 6: value dim, side of the virtual grid, slots a head."""
-
-    value_dim: int
-    side: int
-    top_m: int
-
-
-SIZES = {"151m": Size(512, 2200, 16), "680m": Size(768, 3264, 35), "1.6b": Size(1024, 3584, 42)}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """One compilation: a kernel, the types of its run-time arguments, its constants."""
-
-    kernel: str
-    size: str
-    dtype: str
-    capability: int
-    types: dict[str, str]
-    launch: dict[str, Any]
-    wide_loads: int = 0  # 16-byte loads of rows that the code must hold; narrower rows would hold none
+SECTION = static_table.Section(
+    name="kernels",
+    key=("kernel", "size", "dtype", "arch"),
+    at_most={
+        "spills": 1.0, "local_bytes": 1.0, "stack_bytes": 1.0, "atomics": 1.0, "barriers": 1.0,
+        "barriers_in_loop": 1.0, "instructions": 1.05,
+    },
+    at_least=("wide_load_share", "wide_store_share", "occupancy"),
+    libraries=("triton",),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """What the cubin of one case says."""
+    """What the cubin of one case says: a row of the static table."""
 
     kernel: str
     size: str
@@ -71,156 +53,88 @@ class Figures:
     arch: str
     warps: int
     registers: int
-    spills: int  # local loads and stores
+    spills: int
     local_bytes: int
     stack_bytes: int
     shared_bytes: int
-    loads: dict[str, int]  # bytes a lane -> instructions
+    atomics: int
+    wide_loads: int  # global loads of 16 bytes a lane
+    wide_stores: int
     wide_load_share: float  # of the bytes of one execution of every load
-    wide_loads_expected: int
+    wide_store_share: float
+    barriers: int
+    barriers_in_loop: int
     instructions: int
-
-    @property
-    def passes(self) -> bool:
-        return (
-            self.spills == self.local_bytes == self.stack_bytes == 0
-            and self.loads.get(str(WIDEST_LOAD_BYTES), 0) >= self.wide_loads_expected
-        )
+    resident_warps: int  # of an SM
+    occupancy: float
 
 
-def kernels_of(size_name: str, dtype: str) -> list[tuple[str, dict[str, str], dict[str, Any], int]]:
-    """(kernel, argument types, launch, row loads of 16 bytes) for one size and table dtype."""
-    d, n, m = SIZES[size_name]
-    x = f"*{dtype}"
-    shape = {"N": "i32", "K": "i32"}
-
-    def row_loads(launch: dict[str, Any], tiles: int) -> int:
-        lanes = launch["num_warps"] * THREADS_PER_WARP
-        return tiles * launch["SLOTS"] * launch["COLUMNS"] * ITEMSIZE[dtype] // (lanes * WIDEST_LOAD_BYTES)
-
-    forward = lookup_reduce.forward_launch(d, CORES, BLOCKS)
-    rows = lookup_reduce.row_gradient_launch(d, CORES, BLOCKS)
-    scores = lookup_reduce.score_gradient_launch(d, CORES, BLOCKS)
-    value_row = rows["COLUMNS"] * ITEMSIZE[dtype] // (rows["num_warps"] * THREADS_PER_WARP * WIDEST_LOAD_BYTES)
-    lookup = {"values": x, "indices": "*i64", "scores": x}
-    found = [
-        ("lookup_reduce_kernel", {**lookup, "out": x, **shape}, forward, row_loads(forward, tiles=1)),
-        (
-            "row_gradient_kernel",
-            {"grad": x, **lookup, "sorted_rows": "*i32", "order": "*i64", "targets": "*i32"}
-            | {"grad_rows": x, "grad_scores": x, **shape, "slots": "i32"},
-            rows,
-            row_loads(rows, tiles=1) + value_row,
-        ),
-        (
-            "score_gradient_kernel",
-            {"grad": x, "values": x, "indices": "*i64", "grad_scores": x, **shape},
-            scores,
-            row_loads(scores, tiles=2),
-        ),
-    ]
-    sides = {"row": x, "col": x}
-    for rule in ("one_tailed", "two_tailed", "product"):
-        additive = rule == "product"
-        r, c, candidates = (1, 1, "one_tailed") if additive else (RANKS, CORES, rule)
-        side = select.side_launch(n, r, m, candidates=candidates, weighted=not additive)
-        grid = select.grid_launch(n, r, c, m, candidates=candidates, additive=additive)
-        found += [
-            (f"side_topk_kernel {rule}", {**sides, "u": x, "t": x, "positions": "*i32", "H": "i32"}, side, 0),
-            (
-                f"grid_topk_kernel {rule}",
-                {**sides, "cores": x, "positions": "*i32", "found": "*i64", "scores": x}
-                | {"addresses": "*i64", "H": "i32"},
-                grid,
-                0,
-            ),
-        ]
-    grads = {"grad": x, "addresses": "*i64", "grad_row": x, "grad_col": x}
-    found += [
-        ("product_topk_backward_kernel", grads, select.product_backward_launch(n, m), 0),
-        (
-            "tucker_topk_backward_kernel",
-            {**grads, **sides, "cores": x, "core_parts": "*fp32", "H": "i32"},
-            select.tucker_backward_launch(n, RANKS, CORES, m),
-            0,
-        ),
-    ]
-    if dtype == "bf16":  # addresses have one dtype
-        found += [
-            (
-                f"permute_addresses_kernel {'inverse' if inverse else 'forward'}",
-                {"addresses": "*i64", "out": "*i64", "count": "i32"},
-                permute_addresses.permute_launch(n * n, 0, inverse=inverse),
-                0,
-            )
-            for inverse in (False, True)
-        ]
-    return found
+def arch_name(capability: int) -> str:
+    """As ptxas is told it: from 9.0 on, code for that very architecture."""
+    return f"sm_{capability}{'a' if capability >= 90 else ''}"
 
 
-def cases(sizes: list[str], capabilities: list[int]) -> list[Case]:
-    return [
-        Case(
-            kernel=kernel,
-            size=size,
-            dtype=dtype,
-            capability=capability,
-            types=types,
-            launch=launch,
-            wide_loads=wide,
-        )
-        for capability in capabilities
-        for size in sizes
-        for dtype in ITEMSIZE
-        for kernel, types, launch, wide in kernels_of(size, dtype)
-    ]
+def case_key(case: Case) -> static_table.Row:
+    """The fields that name the case's row."""
+    return {
+        "kernel": case.variant.name,
+        "size": case.size,
+        "dtype": case.dtype,
+        "arch": arch_name(case.capability),
+    }
 
 
-def measure(case: Case) -> Figures:
-    name = case.kernel.split()[0]
-    function = next(getattr(m, name) for m in (lookup_reduce, select, permute_addresses) if hasattr(m, name))
+def measure(index: int) -> Figures:
+    """Compile case number `index`: kernels cannot be pickled, so each worker lists the cases for itself."""
+    case = cases()[index]
+    return read_cubin(case, compile_case(case))
+
+
+def compile_case(case: Case) -> Any:
+    function, types, launch = case.variant.kernel, case.variant.types, case.variant.launch
     position = {argument: (index,) for index, argument in enumerate(function.arg_names)}
-    constants = {key: value for key, value in case.launch.items() if key != "num_warps"}
+    constants = {key: value for key, value in launch.items() if key not in LAUNCH_OPTIONS}
+    aligned = [name for name, kind in types.items() if kind.startswith("*") or kind.endswith(":16")]
     source = ASTSource(
         function,
-        signature={a: "constexpr" if a in constants else case.types[a] for a in function.arg_names},
+        signature={a: "constexpr" if a in constants else types[a].removesuffix(":16") for a in function.arg_names},
         constexprs={position[key]: value for key, value in constants.items()},
-        attrs={
-            position[a]: [["tt.divisibility", POINTER_ALIGNMENT]] for a, kind in case.types.items() if kind[0] == "*"
-        },
+        attrs={position[a]: [["tt.divisibility", POINTER_ALIGNMENT]] for a in aligned},
     )
-    compiled = triton.compile(
+    options = {key: launch[key] for key in LAUNCH_OPTIONS if key in launch}
+    return triton.compile(
         source,
         target=GPUTarget("cuda", case.capability, THREADS_PER_WARP),
-        options={"num_warps": case.launch["num_warps"], "enable_fp_fusion": True},
+        options={**options, "enable_fp_fusion": True},
     )
-    return read_cubin(case, compiled)
 
 
 def read_cubin(case: Case, compiled: Any) -> Figures:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (_cuobjdump(flag, file.name) for flag in ("--dump-resource-usage", "-sass"))
-    resources = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE)
-    loads = collections.Counter(_load_bytes(op) for op in operations if op.startswith("LDG"))
-    total = sum(width * count for width, count in loads.items())
+        resources = read_resources(_cuobjdump("--dump-resource-usage", file.name))
+        code = read_code(_cuobjdump("-sass", file.name))
+    warps, shared_bytes = case.variant.launch["num_warps"], compiled.metadata.shared
+    resident = resident_warps(case.capability, warps=warps, registers=resources["REG"], shared_bytes=shared_bytes)
     return Figures(
-        kernel=case.kernel,
-        size=case.size,
-        dtype=case.dtype,
-        arch=str(re.search(r"\.target (\S+)", compiled.asm["ptx"])[1]),  # type: ignore[index]
-        warps=case.launch["num_warps"],
-        registers=int(resources["REG"]),
-        spills=sum(op.startswith(("STL", "LDL")) for op in operations),
-        local_bytes=int(resources["LOCAL"]),
-        stack_bytes=int(resources["STACK"]),
-        shared_bytes=compiled.metadata.shared,
-        loads={str(width): count for width, count in sorted(loads.items())},
-        wide_load_share=round(WIDEST_LOAD_BYTES * loads[WIDEST_LOAD_BYTES] / total, 3) if total else 0.0,
-        wide_loads_expected=case.wide_loads,
-        instructions=len(operations),
+        **case_key(case),
+        warps=warps,
+        registers=resources["REG"],
+        spills=code.spills,
+        local_bytes=resources["LOCAL"],
+        stack_bytes=resources["STACK"],
+        shared_bytes=shared_bytes,
+        atomics=code.atomics,
+        wide_loads=code.loads.get(WIDEST_ACCESS_BYTES, 0),
+        wide_stores=code.stores.get(WIDEST_ACCESS_BYTES, 0),
+        wide_load_share=wide_share(code.loads),
+        wide_store_share=wide_share(code.stores),
+        barriers=code.barriers,
+        barriers_in_loop=code.barriers_in_loop,
+        instructions=code.instructions,
+        resident_warps=resident,
+        occupancy=round(resident / LIMITS[case.capability].warps, 3),
     )
 
 
@@ -229,38 +143,86 @@ def _cuobjdump(flag: str, path: str) -> str:
     return subprocess.run([tool, flag, path], text=True, capture_output=True, check=True).stdout
 
 
-def _load_bytes(operation: str) -> int:
-    """Bytes a lane of an LDG: its width is a suffix, 4 bytes without one."""
-    suffixes = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-    return next((suffixes[part] for part in operation.split(".") if part in suffixes), 4)
+def over_budget(figures: Figures, budget: Budget) -> list[str]:
+    """What a kernel may not cost and does."""
+    found = [
+        f"{name} {getattr(figures, name)}, must be 0"
+        for name in ("spills", "local_bytes", "stack_bytes", "atomics")
+        if getattr(figures, name)
+    ]
+    if figures.registers > budget.registers:
+        found.append(f"registers {figures.registers}, at most {budget.registers}")
+    if budget.barriers_in_loop is not None and figures.barriers_in_loop > budget.barriers_in_loop:
+        found.append(f"barriers_in_loop {figures.barriers_in_loop}, at most {budget.barriers_in_loop}")
+    for name in ("wide_loads", "wide_stores"):
+        if getattr(figures, name) < getattr(budget, name):
+            found.append(f"{name} {getattr(figures, name)}, at least {getattr(budget, name)}")
+    return found
 
 
 def table(figures: list[Figures]) -> str:
-    header = f"{'kernel':34} {'size':5} {'dtype':5} {'arch':7} {'warps':>5} {'regs':>4} {'spills':>6} {'local':>5} "
-    lines = [header + f"{'shared':>6} {'16B':>4} {'want':>4} {'share':>5} {'instr':>6}"]
+    header = f"{'kernel':32} {'size':5} {'dtype':5} {'arch':7} {'warps':>5} {'regs':>4} {'shared':>6} "
+    lines = [
+        header + f"{'16B ld':>6} {'share':>5} {'16B st':>6} {'share':>5} {'bar':>3} {'loop':>4} {'instr':>5} occup"
+    ]
     for f in figures:
         lines.append(
-            f"{f.kernel:34} {f.size:5} {f.dtype:5} {f.arch:7} {f.warps:5} {f.registers:4} {f.spills:6} "
-            f"{f.local_bytes:5} {f.shared_bytes:6} {f.loads.get('16', 0):4} {f.wide_loads_expected:4} "
-            f"{f.wide_load_share:5.2f} {f.instructions:6}{'' if f.passes else '  FAILS'}"
+            f"{f.kernel:32} {f.size:5} {f.dtype:5} {f.arch:7} {f.warps:5} {f.registers:4} {f.shared_bytes:6} "
+            f"{f.wide_loads:6} {f.wide_load_share:5.2f} {f.wide_stores:6} {f.wide_store_share:5.2f} {f.barriers:3} "
+            f"{f.barriers_in_loop:4} {f.instructions:5} {f.occupancy:5.2f}"
         )
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    static_table.add_modes(parser)
     parser.add_argument("--size", action="append", choices=SIZES, help="one size of Table 6 (default: all)")
-    parser.add_argument("--capability", action="append", type=int, choices=CAPABILITIES, help="default: 80 and 90")
-    parser.add_argument("--jobs", type=int, default=2, help="compilations at a time")
+    parser.add_argument("--dtype", action="append", choices=ITEMSIZE, help="default: all")
+    parser.add_argument("--capability", action="append", type=int, choices=CAPABILITIES, help="default: all")
+    parser.add_argument("--kernel", default="", help="only kernels whose name holds this text")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     options = parser.parse_args(arguments)
-    todo = cases(options.size or list(SIZES), options.capability or list(CAPABILITIES))
-    with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
-        figures = list(pool.map(measure, todo))
-    failing = [f"{f.kernel} {f.size} {f.dtype} {f.arch}" for f in figures if not f.passes]
+    if "TRITON_INTERPRET" in os.environ:
+        parser.error("offline_gate compiles kernels: run it without TRITON_INTERPRET")
+    if options.update and (options.size or options.dtype or options.capability or options.kernel):
+        parser.error("--update writes the whole table: give it no part")
+
+    def within(row: static_table.Row) -> bool:
+        return (
+            row["size"] in (options.size or SIZES)
+            and row["dtype"] in (options.dtype or ITEMSIZE)
+            and row["arch"] in [arch_name(capability) for capability in options.capability or CAPABILITIES]
+            and options.kernel in row["kernel"]
+        )
+
+    todo = {index: case for index, case in enumerate(cases()) if within(case_key(case))}
+    figures = compile_all(list(todo), options.jobs)
+    failing = [
+        f"{static_table.row_name(SECTION, asdict(f))}: {reason}"
+        for f, case in zip(figures, todo.values(), strict=True)
+        for reason in over_budget(f, case.variant.budget)
+    ]
+    rows: list[static_table.Row] = [asdict(f) for f in figures]
+    if failing:
+        print("over budget", *failing, sep="\n  ")
+    if options.check:
+        return static_table.check(SECTION, rows, within=within) | bool(failing)
     print(table(figures))
-    record = {"triton": triton.__version__, "failing": failing, "kernels": [asdict(f) for f in figures]}
-    print(json.dumps(record))
-    return 1 if failing else 0
+    if options.update and not failing:
+        static_table.write(SECTION, rows)
+    return bool(failing)
+
+
+def compile_all(indices: list[int], jobs: int) -> list[Figures]:
+    """Figures of the cases of these numbers, compiled anew: nothing of an earlier run's cache is trusted."""
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        triton.knobs.cache.scope(),
+        concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool,
+    ):
+        triton.knobs.cache.dir = cache
+        return list(pool.map(measure, indices))
 
 
 if __name__ == "__main__":

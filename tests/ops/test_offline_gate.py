@@ -68,25 +68,6 @@ def run_compiler(*arguments: str | Path) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def kernels() -> list[dict]:
-    gate = ROOT / "benchmarks" / "offline_gate.py"
-    return run_compiler(gate, "--size", "1.6b", "--capability", "90")["kernels"]
-
-
-def test_no_kernel_spills_at_the_largest_size(kernels: list[dict]) -> None:
-    assert len(kernels) >= 24
-    for kernel in kernels:
-        assert kernel["spills"] == kernel["local_bytes"] == kernel["stack_bytes"] == 0, kernel
-
-
-def test_value_rows_are_read_16_bytes_a_lane(kernels: list[dict]) -> None:
-    readers = [k for k in kernels if k["wide_loads_expected"]]
-    assert {k["kernel"] for k in readers} == {"lookup_reduce_kernel", "row_gradient_kernel", "score_gradient_kernel"}
-    for kernel in readers:
-        assert kernel["loads"].get("16", 0) >= kernel["wide_loads_expected"], kernel
-
-
 def test_compiled_graphs_copy_no_input_of_a_kernel() -> None:
     # torch.compile clones whatever it believes that a kernel writes; an input among them costs a launch and its bytes.
     select = [["positions"], ["addresses", "found", "scores"]]

@@ -1,0 +1,179 @@
+"""What offline_gate compiles: every kernel variant that dispatch can pick at the paper's sizes, and what it may cost.
+
+A kernel file has one function here, named in KERNEL_FILES, that lists its variants for one size and dtype. To add a
+kernel, add a `Variant` to the function of its file:
+
+    Variant(
+        "lookup_reduce decode",  # the row's name in the static table
+        lookup_reduce.decode_kernel,
+        types={"values": x, "indices": "*i64", ..., "N": "i32"},  # run-time arguments, as Triton spells types
+        launch=lookup_reduce.decode_launch(size.value_dim, CORES, BLOCKS),  # constants, num_warps, num_stages
+        budget=Budget(wide_loads=2, registers=96, barriers_in_loop=0),
+    )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from benchmarks.cubin import WIDEST_ACCESS_BYTES
+from benchmarks.occupancy import THREADS_PER_WARP
+from ultramem.ops.triton import lookup_reduce, permute_addresses, select
+
+RANKS, CORES, BLOCKS, HEADS = 2, 2, 4, 2
+CAPABILITIES = (80, 90, 100)
+ITEMSIZE = {"bf16": 2, "fp32": 4}
+MOST_REGISTERS = 255
+
+
+class Size(NamedTuple):
+    """One UltraMem row of the paper's Table 6: value dim, side of the virtual grid, slots a head."""
+
+    value_dim: int
+    side: int
+    top_m: int
+
+
+SIZES = {"151m": Size(512, 2200, 16), "680m": Size(768, 3264, 35), "1.6b": Size(1024, 3584, 42)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """What a variant may cost. None leaves a figure to the static table alone, which holds every figure where it is.
+
+    Spills are never allowed, so they are no field.
+    """
+
+    registers: int = MOST_REGISTERS
+    wide_loads: int = 0  # at least so many global loads of 16 bytes a lane; narrower rows would hold none
+    wide_stores: int = 0
+    barriers_in_loop: int | None = None  # at most, in all loops of the code together
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A kernel as one launch compiles it.
+
+    `types` gives the run-time arguments: "*bf16", "*i64", "i32", "fp32", ... Pointers are taken to be aligned to 16
+    bytes, as the allocator's are; "i32:16" is an integer that is always a multiple of 16.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    launch: dict[str, Any]
+    budget: Budget = Budget()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One compilation, one row of the static table."""
+
+    variant: Variant
+    size: str
+    dtype: str
+    capability: int
+
+
+def row_loads(launch: dict[str, Any], dtype: str, *, tiles: int = 1, rows: int | None = None) -> int:
+    """Loads of 16 bytes a lane in `tiles` tiles of `rows` (default: SLOTS) rows of COLUMNS elements."""
+    lanes = launch["num_warps"] * THREADS_PER_WARP
+    elements = (launch["SLOTS"] if rows is None else rows) * launch["COLUMNS"]
+    return int(tiles * elements * ITEMSIZE[dtype] // (lanes * WIDEST_ACCESS_BYTES))
+
+
+def lookup_reduce_variants(size: Size, dtype: str) -> Iterator[Variant]:
+    x = f"*{dtype}"
+    shape = {"N": "i32", "K": "i32"}
+    lookup = {"values": x, "indices": "*i64", "scores": x}
+    forward = lookup_reduce.forward_launch(size.value_dim, CORES, BLOCKS)
+    yield Variant(
+        "lookup_reduce forward",
+        lookup_reduce.lookup_reduce_kernel,
+        {**lookup, "out": x, **shape},
+        forward,
+        Budget(wide_loads=row_loads(forward, dtype)),
+    )
+    rows = lookup_reduce.row_gradient_launch(size.value_dim, CORES, BLOCKS)
+    yield Variant(
+        "lookup_reduce row gradient",
+        lookup_reduce.row_gradient_kernel,
+        {"grad": x, **lookup, "sorted_rows": "*i32", "order": "*i64", "targets": "*i32"}
+        | {"grad_rows": x, "grad_scores": x, **shape, "slots": "i32"},
+        rows,
+        Budget(wide_loads=row_loads(rows, dtype) + row_loads(rows, dtype, rows=1)),
+    )
+    scores = lookup_reduce.score_gradient_launch(size.value_dim, CORES, BLOCKS)
+    yield Variant(
+        "lookup_reduce score gradient",
+        lookup_reduce.score_gradient_kernel,
+        {"grad": x, "values": x, "indices": "*i64", "grad_scores": x, **shape},
+        scores,
+        Budget(wide_loads=row_loads(scores, dtype, tiles=2)),
+    )
+
+
+def select_variants(size: Size, dtype: str) -> Iterator[Variant]:
+    x, n, m = f"*{dtype}", size.side, size.top_m
+    sides = {"row": x, "col": x}
+    for rule in ("one_tailed", "two_tailed", "product"):
+        additive = rule == "product"
+        r, c, candidates = (1, 1, "one_tailed") if additive else (RANKS, CORES, rule)
+        yield Variant(
+            f"select side {rule}",
+            select.side_topk_kernel,
+            {**sides, "u": x, "t": x, "positions": "*i32", "H": "i32"},
+            select.side_launch(n, r, m, candidates=candidates, weighted=not additive),
+        )
+        yield Variant(
+            f"select grid {rule}",
+            select.grid_topk_kernel,
+            {**sides, "cores": x, "positions": "*i32", "found": "*i64", "scores": x, "addresses": "*i64", "H": "i32"},
+            select.grid_launch(n, r, c, m, candidates=candidates, additive=additive),
+        )
+    grads = {"grad": x, "addresses": "*i64", "grad_row": x, "grad_col": x}
+    yield Variant(
+        "select product gradient",
+        select.product_topk_backward_kernel,
+        grads,
+        select.product_backward_launch(n, m),
+    )
+    yield Variant(
+        "select tucker gradient",
+        select.tucker_topk_backward_kernel,
+        {**grads, **sides, "cores": x, "core_parts": "*fp32", "H": "i32"},
+        select.tucker_backward_launch(n, RANKS, CORES, m),
+    )
+
+
+def permute_addresses_variants(size: Size, dtype: str) -> Iterator[Variant]:
+    if dtype != "bf16":  # addresses have one dtype
+        return
+    for inverse in (False, True):
+        yield Variant(
+            f"permute_addresses {'inverse' if inverse else 'forward'}",
+            permute_addresses.permute_addresses_kernel,
+            {"addresses": "*i64", "out": "*i64", "count": "i32"},
+            permute_addresses.permute_launch(size.side**2, 0, inverse=inverse),
+        )
+
+
+KERNEL_FILES: tuple[Callable[[Size, str], Iterator[Variant]], ...] = (
+    lookup_reduce_variants,
+    select_variants,
+    permute_addresses_variants,
+)
+
+
+def cases() -> list[Case]:
+    """Every compilation, in the order of the static table."""
+    return [
+        Case(variant=variant, size=name, dtype=dtype, capability=capability)
+        for capability in CAPABILITIES
+        for name, size in SIZES.items()
+        for dtype in ITEMSIZE
+        for variants in KERNEL_FILES
+        for variant in variants(size, dtype)
+    ]
