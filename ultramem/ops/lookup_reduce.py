@@ -79,16 +79,29 @@ def _bags(n: int, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int) -> _B
 
 @opaque_op("ultramem::lookup_reduce_backward")
 def _lookup_reduce_backward(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_values: bool
+    grad_TED: Tensor,
+    values_ND: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    need_values: bool,
+    need_scores: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the table [N,D] (empty unless `need_values`) and of the scores [T,K,C]; the same bits every time."""
+    """Gradients of the table [N,D] and of the scores [T,K,C], each empty unless needed; the same bits every time."""
     if runs_triton(values_ND):
         from ultramem.ops.triton import lookup_reduce as kernels
 
-        return kernels.lookup_reduce_backward(grad_TED, values_ND, indices_TK, scores_TKC, need_values)
+        grad_values, grad_scores = kernels.lookup_reduce_backward(
+            grad_TED, values_ND, indices_TK, scores_TKC, need_values
+        )
+        return grad_values, grad_scores if need_scores else scores_TKC.new_empty(0)
+    if runs_native(values_ND):
+        grads: tuple[Tensor, Tensor] = torch.ops.ultramem_native.lookup_reduce_backward(
+            grad_TED, values_ND, indices_TK, scores_TKC, need_values, need_scores
+        )
+        return grads
     if values_ND.dtype in _BAG_DTYPES:
-        return _bag_gradients(grad_TED, values_ND, indices_TK, scores_TKC, need_values)
-    rows_U, row_grads_UD, grad_scores = _touched_gradients(grad_TED, values_ND, indices_TK, scores_TKC)
+        return _bag_gradients(grad_TED, values_ND, indices_TK, scores_TKC, need_values, need_scores)
+    rows_U, row_grads_UD, grad_scores = _touched_gradients(grad_TED, values_ND, indices_TK, scores_TKC, need_scores)
     if not need_values:
         return values_ND.new_empty(0), grad_scores
     return torch.zeros_like(values_ND).index_copy(0, rows_U, row_grads_UD), grad_scores
@@ -96,9 +109,17 @@ def _lookup_reduce_backward(
 
 @_lookup_reduce_backward.register_fake
 def _(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_values: bool
+    grad_TED: Tensor,
+    values_ND: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    need_values: bool,
+    need_scores: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return values_ND.new_empty(values_ND.shape if need_values else (0,)), scores_TKC.new_empty(scores_TKC.shape)
+    return (
+        values_ND.new_empty(values_ND.shape if need_values else (0,)),
+        scores_TKC.new_empty(scores_TKC.shape if need_scores else (0,)),
+    )
 
 
 # What aten's backward of an embedding bag takes; it adds up in the dtype of the table.
@@ -107,9 +128,14 @@ _MODE_SUM = 0
 
 
 def _bag_gradients(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_values: bool
+    grad_TED: Tensor,
+    values_ND: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    need_values: bool,
+    need_scores: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the table [N,D] (empty unless `need_values`) and of the scores, without a row gradient per slot."""
+    """Gradients of the table [N,D] and of the scores, each empty unless needed, without a row gradient per slot."""
     n, d = values_ND.shape
     t, k, c = scores_TKC.shape
     e, x = grad_TED.shape[1], d // c
@@ -118,14 +144,16 @@ def _bag_gradients(
     sizes = torch.diff(bags.first, append=bags.first.new_tensor([t * c * k]))
     bag = torch.repeat_interleave(torch.arange(t * c * e), sizes)
     grad_bags = grad_TED.view(t, e, c, x).transpose(1, 2).reshape(t * c * e, x)
-    grad_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_bags, table, bags.rows, bags.first, bag, _MODE_SUM
-    )
-    grad_scores = grad_weights.view(t, c, k).transpose(1, 2)
-    if bags.order_TK is not None:
-        order_TKC = bags.order_TK.unsqueeze(-1).expand(t, k, c)
-        grad_scores = torch.empty_like(grad_scores).scatter_(1, order_TKC, grad_scores)
-    grad_scores = grad_scores.to(scores_TKC.dtype).contiguous()
+    grad_scores = scores_TKC.new_empty(0)
+    if need_scores:
+        grad_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad_bags, table, bags.rows, bags.first, bag, _MODE_SUM
+        )
+        grad_scores = grad_weights.view(t, c, k).transpose(1, 2)
+        if bags.order_TK is not None:
+            order_TKC = bags.order_TK.unsqueeze(-1).expand(t, k, c)
+            grad_scores = torch.empty_like(grad_scores).scatter_(1, order_TKC, grad_scores)
+        grad_scores = grad_scores.to(scores_TKC.dtype).contiguous()
     if not need_values:
         return values_ND.new_empty(0), grad_scores
     unused = bags.first.new_empty(0)  # bag sizes and argmax, which sums do not need
@@ -136,7 +164,7 @@ def _bag_gradients(
 
 
 def _touched_gradients(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor
+    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_scores: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Touched rows [U] ascending, their gradients [U,D], and those of the scores: the lookup on a table of U rows."""
     n = values_ND.shape[0]
@@ -144,29 +172,39 @@ def _touched_gradients(
     rows_U, position_TK = torch.unique(indices_TK % n, return_inverse=True)
     touched_UD = values_ND[rows_U].to(dtype)
     moved_TK = position_TK + indices_TK // n * rows_U.shape[0]
-    grad_UD, grad_scores = _bag_gradients(grad_TED.to(dtype), touched_UD, moved_TK, scores_TKC, True)
+    grad_UD, grad_scores = _bag_gradients(grad_TED.to(dtype), touched_UD, moved_TK, scores_TKC, True, need_scores)
     return rows_U, grad_UD.to(values_ND.dtype), grad_scores
 
 
 @opaque_op("ultramem::lookup_reduce_backward_rows")
 def _lookup_reduce_backward_rows(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor
+    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_scores: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by touched row: rows [U] ascending, their gradients [U,D], and of the scores [T,K,C]."""
+    """By touched row: rows [U] ascending, their gradients [U,D]; and of the scores [T,K,C], empty unless needed."""
     if runs_triton(values_ND):
         from ultramem.ops.triton import lookup_reduce as kernels
 
-        return kernels.lookup_reduce_backward_rows(grad_TED, values_ND, indices_TK, scores_TKC)
-    return _touched_gradients(grad_TED, values_ND, indices_TK, scores_TKC)
+        rows_U, row_grads_UD, grad_scores = kernels.lookup_reduce_backward_rows(
+            grad_TED, values_ND, indices_TK, scores_TKC
+        )
+        return rows_U, row_grads_UD, grad_scores if need_scores else scores_TKC.new_empty(0)
+    if runs_native(values_ND):
+        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.ultramem_native.lookup_reduce_backward_rows(
+            grad_TED, values_ND, indices_TK, scores_TKC, need_scores
+        )
+        return grads
+    return _touched_gradients(grad_TED, values_ND, indices_TK, scores_TKC, need_scores)
 
 
 @_lookup_reduce_backward_rows.register_fake
-def _(grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_scores: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     touched = torch.library.get_ctx().new_dynamic_size()
     return (
         indices_TK.new_empty(touched),
         values_ND.new_empty(touched, values_ND.shape[1]),
-        scores_TKC.new_empty(scores_TKC.shape),
+        scores_TKC.new_empty(scores_TKC.shape if need_scores else (0,)),
     )
 
 
@@ -176,13 +214,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_TED: Tensor) -> tuple[Tensor | None, ...]:
+    need_values, _, need_scores, *_ = ctx.needs_input_grad
     values, indices, scores = ctx.saved_tensors
-    grad_TED = grad_TED.contiguous()
-    if ctx.sparse_grad and ctx.needs_input_grad[0]:
-        rows, row_grads, grad_scores = _lookup_reduce_backward_rows(grad_TED, values, indices, scores)
-        return rows_gradient(rows, row_grads, values), None, grad_scores, None, None
-    grad_values, grad_scores = _lookup_reduce_backward(grad_TED, values, indices, scores, ctx.needs_input_grad[0])
-    return (grad_values if ctx.needs_input_grad[0] else None), None, grad_scores, None, None
+    grads = grad_TED.contiguous(), values, indices, scores
+    if ctx.sparse_grad and need_values:
+        rows, row_grads, grad_scores = _lookup_reduce_backward_rows(*grads, need_scores)
+        grad_values = rows_gradient(rows, row_grads, values)
+    else:
+        grad_values, grad_scores = _lookup_reduce_backward(*grads, need_values, need_scores)
+    return grad_values if need_values else None, None, grad_scores if need_scores else None, None, None
 
 
 _lookup_reduce.register_autograd(_backward, setup_context=_setup_context)
