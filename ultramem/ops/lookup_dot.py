@@ -57,10 +57,10 @@ def _backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor | None, ...]:
     row_TK, weights_TK1, query_T1D = indices % rows.shape[0], grad_TK.contiguous().unsqueeze(-1), query.unsqueeze(1)
     grad_rows = grad_query = None
     if ctx.needs_input_grad[0] and ctx.sparse_grad:
-        touched_U, grads_UD, _ = _lookup_reduce_backward_rows(query_T1D, rows, row_TK, weights_TK1)
+        touched_U, grads_UD, _ = _lookup_reduce_backward_rows(query_T1D, rows, row_TK, weights_TK1, False)
         grad_rows = rows_gradient(touched_U, grads_UD, rows)
     elif ctx.needs_input_grad[0]:
-        grad_rows, _ = _lookup_reduce_backward(query_T1D, rows, row_TK, weights_TK1, True)
+        grad_rows, _ = _lookup_reduce_backward(query_T1D, rows, row_TK, weights_TK1, True, False)
     if ctx.needs_input_grad[2]:
         grad_query = _lookup_reduce(rows, row_TK, weights_TK1, 1, False).squeeze(1)
     return grad_rows, None, grad_query, None
