@@ -14,7 +14,7 @@ from ultramem.ops import _checks as checks
 from ultramem.ops._registration import accumulation_dtype, opaque_op, traceable_op
 from ultramem.ops._sparse_gradient import rows_gradient
 from ultramem.ops.implementation import runs_triton
-from ultramem.ops.permute_addresses import permute_addresses_reference, require_seed
+from ultramem.ops.permute_addresses import _permute_addresses, require_seed
 
 
 def lookup_reduce_reference(
@@ -53,7 +53,7 @@ def _lookup_reduce(
 
 
 def _permuted(indices_TK: Tensor, size: int, seed: int | None) -> Tensor:
-    return indices_TK if seed is None else permute_addresses_reference(indices_TK, size, seed)
+    return indices_TK if seed is None else _permute_addresses(indices_TK, size, seed, False)
 
 
 class _Bags(NamedTuple):

@@ -19,7 +19,10 @@ from ultramem.ops.triton.slot_order import MAX_GROUP
 
 LANES = 32
 LOAD_BYTES = 16  # of a lane: the widest load
-ROW_LOADS = 8  # loads of rows that a lane has in its tile
+WARP_LOAD_BYTES = LANES * LOAD_BYTES
+MOST_PROGRAMS = 32  # of a processor at a time
+FEW_TOKENS_WARPS = 4
+FEW_TOKENS_SLOTS = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +35,11 @@ class Device:
     latency_us: float = 0.7  # of a load that misses L2
     issues_per_clock: int = 4  # of a processor: warps' instructions
 
+    @property
+    def bytes_in_flight_needed(self) -> float:
+        """Of a processor, for full bandwidth, by Little's law: 17.8 KB on an H100."""
+        return self.bytes_per_us * self.latency_us / self.processors
+
 
 # By compute capability: A100, H100 SXM, B200.
 DEVICES = {
@@ -42,23 +50,28 @@ DEVICES = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PoolTile:
-    """Constants of the pooling kernels and the figures that the model has of them."""
+class Lookup:
+    """What a lookup is, but for its tokens."""
 
-    group: int
-    """Blocks that a program pools, one after the other."""
-    slots: int
-    """Rows of a tile."""
+    slots: int  # of a token
+    columns: int  # of a core's share of a row, in loaded elements
+    itemsize: int  # of a loaded element
+    cores: int
+    blocks: int
+    row_loads: int = 8  # loads of rows of a lane in a tile; elements that take registers to unpack want fewer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolTile:
+    """Constants of the pooling kernels, and how many of their programs a processor holds."""
+
+    group: int  # blocks that a program pools, one after the other
+    slots: int  # rows
     columns: int
+    at_once: int  # rows that one load of all lanes covers
     warps: int
     itemsize: int
     resident: int
-    """Programs of a processor at a time: 32 at most, fewer if 64 registers a thread are more than there are."""
-
-    @property
-    def at_once(self) -> int:
-        """Rows that one load of all lanes covers."""
-        return max(1, min(self.slots, self.warps * LANES * LOAD_BYTES // (self.columns * self.itemsize)))
 
     @property
     def constants(self) -> dict[str, int]:
@@ -66,76 +79,91 @@ class PoolTile:
 
     @property
     def bytes_in_flight(self) -> int:
-        """Of rows, in a processor full of programs, if half of each tile's loads are under way.
-
-        Little's law asks for bandwidth times latency: 17.8 KB a processor of an H100 (3.35 MB/us * 0.7 us / 132).
-        """
+        """Bytes of rows under way in a full processor, if half of each tile's loads are."""
         return self.resident * self.slots * self.columns * self.itemsize // 2
 
 
-def row_columns(x: int, itemsize: int) -> int:
+def row_columns(lookup: Lookup) -> int:
     """Columns of a warp: 16 bytes for each lane, or fewer where that leaves less of the last tile empty."""
-    widest = LANES * LOAD_BYTES // itemsize
-    narrowest = max(1, min(next_power_of_2(x), widest // 8))
-    choices = [c for c in (widest, widest // 2, widest // 4, widest // 8) if narrowest <= c <= next_power_of_2(x)]
-    padded = {c: triton.cdiv(x, c) * c for c in choices or [narrowest]}
-    return next(c for c, columns in padded.items() if columns * 8 <= min(padded.values()) * 9)
+    widest = WARP_LOAD_BYTES // lookup.itemsize
+    most = min(widest, next_power_of_2(lookup.columns))
+    padded = {c: triton.cdiv(lookup.columns, c) * c for c in (most, most // 2, most // 4) if 8 * c >= widest}
+    if not padded:
+        return most
+    return next(c for c, columns in padded.items() if 8 * columns <= 9 * min(padded.values()))
 
 
-def many_tokens(k: int, x: int, num_blocks: int, itemsize: int) -> PoolTile:
-    """One warp a program: nothing waits for another warp, and 32 programs a processor keep 64 KB in flight."""
-    columns = row_columns(x, itemsize)
-    at_once = LANES * LOAD_BYTES // (columns * itemsize)
-    slots = min(ROW_LOADS * at_once, LANES)
+def many_tokens(lookup: Lookup) -> PoolTile:
+    """One warp a program: it waits for no other warp, and 32 of them in 64 registers keep 64 KB in flight."""
+    columns = row_columns(lookup)
+    slots = min(LANES, lookup.row_loads * max(1, WARP_LOAD_BYTES // (columns * lookup.itemsize)))
+    return _tile(lookup, min(MAX_GROUP, lookup.blocks), slots, columns, warps=1)
+
+
+def some_tokens(lookup: Lookup) -> PoolTile:
+    """As for many, with a program for each block: chains E times as short, slots ordered E times as often."""
+    many = many_tokens(lookup)
+    return _tile(lookup, 1, many.slots, many.columns, warps=1)
+
+
+def few_tokens(lookup: Lookup) -> PoolTile:
+    """A program for each block, its four warps asking for all of the block's rows at once: the decode shape."""
+    slots = min(FEW_TOKENS_SLOTS, max(8, next_power_of_2(triton.cdiv(lookup.slots, lookup.blocks))))
+    tile_bytes = lookup.row_loads * FEW_TOKENS_WARPS * WARP_LOAD_BYTES
+    columns = min(row_columns(lookup), tile_bytes // (slots * lookup.itemsize))
+    return _tile(lookup, 1, slots, columns, warps=FEW_TOKENS_WARPS)
+
+
+def _tile(lookup: Lookup, group: int, slots: int, columns: int, *, warps: int) -> PoolTile:
+    at_once = max(1, min(slots, warps * WARP_LOAD_BYTES // (columns * lookup.itemsize)))
     return PoolTile(
-        group=min(MAX_GROUP, num_blocks), slots=slots, columns=columns, warps=1, itemsize=itemsize, resident=32
+        group=group,
+        slots=slots,
+        columns=columns,
+        at_once=at_once,
+        warps=warps,
+        itemsize=lookup.itemsize,
+        resident=MOST_PROGRAMS // warps,
     )
 
 
-def some_tokens(k: int, x: int, num_blocks: int, itemsize: int) -> PoolTile:
-    """As for many tokens, with a program for each block: E times shorter chains, E times the ordering of slots."""
-    many = many_tokens(k, x, num_blocks, itemsize)
-    return PoolTile(group=1, slots=many.slots, columns=many.columns, warps=1, itemsize=itemsize, resident=32)
+TILES = (few_tokens, some_tokens, many_tokens)
 
 
-def few_tokens(k: int, x: int, num_blocks: int, itemsize: int) -> PoolTile:
-    """Four warps a program and block, whose rows are all under way at once; columns make up the number of programs."""
-    slots = min(128, max(8, next_power_of_2(triton.cdiv(k, num_blocks))))
-    warps = 4
-    columns = min(row_columns(x, itemsize), ROW_LOADS * warps * LANES * LOAD_BYTES // (slots * itemsize))
-    return PoolTile(group=1, slots=slots, columns=columns, warps=warps, itemsize=itemsize, resident=8)
-
-
-def modelled_us(tile: PoolTile, device: Device, t: int, k: int, x: int, c: int, num_blocks: int) -> float:
+def modelled_us(tile: PoolTile, device: Device, lookup: Lookup, tokens: int) -> float:
     """Time of a launch by the model, without the launch itself."""
-    groups = triton.cdiv(num_blocks, tile.group)
-    programs = t * c * triton.cdiv(x, tile.columns) * groups
+    groups = triton.cdiv(lookup.blocks, tile.group)
+    programs = tokens * lookup.cores * triton.cdiv(lookup.columns, tile.columns) * groups
     row_bytes = tile.columns * tile.itemsize
-    rows = k / groups
-    tiles = tile.group * triton.cdiv(triton.cdiv(k, num_blocks), tile.slots)
-    loads_a_tile = tile.slots / tile.at_once
-    # Instructions of a warp, read from the cubins: ordering (with a permutation) of 32 slots, and of a row's load.
-    ordering = 250 * max(1.0, k / (LANES * tile.warps)) if num_blocks > 1 else 0
-    instructions = ordering + tiles * loads_a_tile * 5 * (LOAD_BYTES // tile.itemsize)
-    issued_us = programs * tile.warps * instructions / (device.issues_per_clock * device.clock_mhz * device.processors)
-    alone_us = instructions / device.clock_mhz + (3 + tiles) * device.latency_us
+    tiles = tile.group * triton.cdiv(triton.cdiv(lookup.slots, lookup.blocks), tile.slots)
+    # Of a warp, read from the cubins: 250 to permute and order 32 slots, 5 an element of a row.
+    ordering = 250 * max(1.0, lookup.slots / (LANES * tile.warps)) if lookup.blocks > 1 else 0
+    instructions = ordering + tiles * (tile.slots / tile.at_once) * 5 * (LOAD_BYTES // tile.itemsize)
+    issue_rate = device.issues_per_clock * device.clock_mhz * device.processors
+    bytes_us = programs * (lookup.slots / groups) * row_bytes / device.bytes_per_us
+    issue_us = programs * tile.warps * instructions / issue_rate
+    chain_us = instructions / device.clock_mhz + (3 + tiles) * device.latency_us
     waves = triton.cdiv(programs, device.processors * tile.resident)
-    bytes_us = programs * rows * row_bytes / device.bytes_per_us
     # The three overlap, but not wholly.
-    costs = (bytes_us, issued_us, waves * alone_us)
+    costs = (bytes_us, issue_us, waves * chain_us)
     return 0.75 * max(costs) + 0.25 * sum(costs)
 
 
 @lru_cache(maxsize=256)
-def _thresholds(capability: int, k: int, x: int, c: int, num_blocks: int, itemsize: int) -> list[tuple[int, PoolTile]]:
-    """Tiles with the token count up to which each is modelled to be the fastest, fewest tokens first."""
+def pool_tiles(lookup: Lookup, capability: int) -> tuple[tuple[int, PoolTile], ...]:
+    """Tiles, each with the token count up to which it is modelled to be the fastest, fewest tokens first."""
     device = DEVICES[max((known for known in DEVICES if known <= capability), default=min(DEVICES))]
-    tiles = [build(k, x, num_blocks, itemsize) for build in (few_tokens, some_tokens, many_tokens)]
-    found: dict[PoolTile, int] = {}
-    for t in (2**power for power in range(13)):
-        best = min(tiles, key=lambda tile: modelled_us(tile, device, t, k, x, c, num_blocks))  # noqa: B023
-        found[best] = t
-    return sorted(((t, tile) for tile, t in found.items()), key=lambda each: each[0])
+    tiles = [build(lookup) for build in TILES]
+    up_to: dict[PoolTile, int] = {}
+    for tokens in (2**power for power in range(13)):
+        up_to[min(tiles, key=lambda tile: modelled_us(tile, device, lookup, tokens))] = tokens  # noqa: B023  # used here
+    return tuple(sorted(((tokens, tile) for tile, tokens in up_to.items()), key=lambda each: each[0]))
+
+
+def pool_tile(tokens: Any, lookup: Lookup, capability: int) -> PoolTile:
+    """The tile for so many tokens; a number that a compiler leaves open counts as many."""
+    *fewer, (_, most) = pool_tiles(lookup, capability)
+    return next((tile for up_to, tile in fewer if statically_known_true(tokens <= up_to)), most)
 
 
 def capability_of(device: torch.device) -> int:
@@ -144,12 +172,3 @@ def capability_of(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def pool_tile(t: Any, k: int, d: int, c: int, num_blocks: int, *, itemsize: int, capability: int) -> PoolTile:
-    """The tile for T tokens; a size that a compiler leaves open counts as many."""
-    thresholds = _thresholds(capability, k, d // c, c, num_blocks, itemsize)
-    for most, tile in thresholds[:-1]:
-        if statically_known_true(t <= most):
-            return tile
-    return many_tokens(k, d // c, num_blocks, itemsize)

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import wrap_triton
 
 from ultramem.ops.triton._launch import next_power_of_2, refuse_float64
-from ultramem.ops.triton.permute_addresses import permutation_constants, permute
+from ultramem.ops.triton.permute_addresses import permute_addresses
 
 # Columns of a tile: a core's share of a row at the paper's sizes, in one warp, so that a dot product needs no other.
 MAX_COLUMNS = 512
@@ -27,10 +27,8 @@ FEW_TOKENS = 64
 
 
 @triton.jit
-def _load_slots(indices, token, slot, N, K, E: tl.constexpr, PERMUTATION: tl.constexpr):
+def _load_slots(indices, token, slot, N, K, E: tl.constexpr):
     index = tl.load(indices + token * K + slot, mask=slot < K, other=0)
-    if PERMUTATION is not None:
-        index = permute(index, PERMUTATION, False)
     block = tl.zeros_like(index)
     for e in tl.static_range(1, E):
         block += (index >= e * N).to(tl.int64)
@@ -51,7 +49,6 @@ def score_gradient_kernel(
     SLOTS: tl.constexpr,
     TILES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PERMUTATION: tl.constexpr,
 ):
     """grad_scores[t,k,c] = values[row,c] . grad[t,block,c]: the backward of a frozen table, in one pass over the rows.
 
@@ -64,7 +61,7 @@ def score_gradient_kernel(
     core = tl.program_id(2)
     rows_N = tl.cast(N, tl.int64)
     slot = first + tl.arange(0, SLOTS)
-    row, block = _load_slots(indices, token, slot, rows_N, K, E, PERMUTATION)
+    row, block = _load_slots(indices, token, slot, rows_N, K, E)
     for tile in range(TILES):
         slot = first + tile * SLOTS + tl.arange(0, SLOTS)
         acc = tl.zeros([SLOTS, COLUMNS], tl.float32)
@@ -76,29 +73,18 @@ def score_gradient_kernel(
             g = tl.load(grad + (token * E + block)[:, None] * D + column[None, :], mask=mask, other=0.0)
             acc += value * g.to(tl.float32)
         if tile < TILES - 1:
-            row, block = _load_slots(indices, token, slot + SLOTS, rows_N, K, E, PERMUTATION)
+            row, block = _load_slots(indices, token, slot + SLOTS, rows_N, K, E)
         summed = tl.sum(acc, axis=1).to(grad_scores.dtype.element_ty)
         tl.store(grad_scores + (token * K + slot) * C + core, summed, mask=slot < K)
 
 
-def score_gradient_launch(
-    t: Any,
-    k: int,
-    d: int,
-    c: int,
-    num_blocks: int,
-    *,
-    itemsize: int,
-    size: int = 0,
-    permutation_seed: int | None = None,
-) -> dict[str, Any]:
+def score_gradient_launch(t: Any, k: int, d: int, c: int, num_blocks: int, *, itemsize: int) -> dict[str, Any]:
     """Constants and warps of the kernel for T tokens (an int, or a size that a compiler leaves open)."""
     columns = min(MAX_COLUMNS * 2 // itemsize, next_power_of_2(d // c))
     slots = max(1, min(MAX_SLOTS, TILE_BYTES // (columns * itemsize), next_power_of_2(k)))
     tiles = 1 if statically_known_true(t <= FEW_TOKENS) else min(TILES, triton.cdiv(k, slots))
-    permutation = None if permutation_seed is None else permutation_constants(size, permutation_seed)
     constants = {"D": d, "C": c, "E": num_blocks, "SLOTS": slots, "TILES": tiles, "COLUMNS": columns}
-    return {**constants, "PERMUTATION": permutation, "num_warps": 1}
+    return {**constants, "num_warps": 1}
 
 
 def score_gradient(
@@ -117,10 +103,9 @@ def score_gradient(
     grad_scores = like_TKC.new_empty(t, k, c)
     if k == 0 or t == 0:
         return grad_scores
-    launch = score_gradient_launch(
-        t, k, d, c, num_blocks,
-        itemsize=values_ND.element_size(), size=n * num_blocks, permutation_seed=permutation_seed,
-    )  # fmt: skip
+    if permutation_seed is not None:  # by every lane that reads a row it would cost more than the row
+        indices_TK = permute_addresses(indices_TK, n * num_blocks, permutation_seed, False)
+    launch = score_gradient_launch(t, k, d, c, num_blocks, itemsize=values_ND.element_size())
     wrap_triton(score_gradient_kernel)[(t, triton.cdiv(k, launch["SLOTS"] * launch["TILES"]), c)](
         grad_TED, values_ND, indices_TK, grad_scores, n, k, **launch
     )

@@ -32,7 +32,12 @@ def slot_keys_kernel(
     if PERMUTATION is not None:
         index = permute(index, PERMUTATION, False)
     rows_N = tl.cast(N, tl.int64)
-    block = index // rows_N
+    block = tl.zeros_like(index)
+    if E <= 16:
+        for e in tl.static_range(1, E):
+            block += (index >= e * rows_N).to(tl.int64)
+    else:
+        block = index // rows_N
     key = (index - block * rows_N) * E + block
     tl.store(keys + at, key.to(keys.dtype.element_ty), mask=at < count)
 
