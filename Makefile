@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_OUT ?= runs/demo
 
-.PHONY: help demo experiment test test-slow lint format clean
+.PHONY: help demo experiment test test-slow static static-check lint format clean
 
 help:
 	@echo "make demo    train, compare, export and profile a small model; ends with the path of an HTML report"
 	@echo "make experiment  train and compare the families and the switches of UltraMem, two hours; writes docs/experiment"
 	@echo "make test    the tests"
 	@echo "make test-slow  the tests of over a minute"
+	@echo "make static-check  compile every GPU kernel, count launches and bytes: fails where a figure is worse than committed"
+	@echo "make static  write those figures anew, and docs/static.md"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff format"
 	@echo "make clean   remove the virtual environment and caches (runs/ stays)"
@@ -30,6 +32,15 @@ test: $(READY)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# Three tools, one table: what ptxas makes of the kernels, launches of a layer, bytes that the kernels ask for.
+static: MODE = --update
+static-check: MODE = --check
+static static-check: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.offline_gate $(MODE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.launches $(MODE)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m benchmarks.traffic $(MODE)
+	$(if $(filter static,$@),$(BIN)/python -m benchmarks.static_page)
 
 lint: $(READY)
 	$(BIN)/ruff check .

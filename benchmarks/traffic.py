@@ -1,0 +1,194 @@
+"""Bytes that the kernels ask for, counted in Triton's interpreter, against the fewest that their ops can move.
+
+    TRITON_INTERPRET=1 python -m benchmarks.traffic [--check | --update]
+
+Every load and store of every program is counted, re-reads by other programs included, and so are the arguments and
+results of the PyTorch operators in between. The count is taken at the sizes of the paper for one or two tokens whose
+rows all differ, and grows with the tokens. The floor moves each input that the op needs and each output once:
+`floor_bytes` with a row once however many tokens read it (uniform indices), `unshared_bytes` with a row once a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import static_table
+from benchmarks.gate_cases import BLOCKS, CORES, HEADS, RANKS, SIZES, Size
+from ultramem import ops
+from ultramem.ops.tucker_topk import Candidates
+
+TOKENS = (1, 16, 64, 1024, 16384, 65536)
+MOST_COUNTED_TOKENS = 2
+DTYPE = torch.bfloat16
+SECTION = static_table.Section(name="traffic", key=("op", "size", "tokens"), at_most={"asked_bytes": 1.0})
+
+
+class Problem(NamedTuple):
+    """An op at one size: its inputs for T tokens, its call, and its floor for T tokens and U distinct rows."""
+
+    inputs: Callable[[int], tuple[Tensor, ...]]
+    run: Callable[..., Any]
+    floor: Callable[[int, int], int]
+    rows: int = 0
+    """Rows of the table, where there is one."""
+
+
+def problems(size: Size, dtype: torch.dtype) -> dict[str, Problem]:
+    """Every op with kernels, at the structure of UltraMem or (product) of PKM."""
+    return {**_lookup_problems(size, dtype), **_select_problems(size, dtype)}
+
+
+def _lookup_problems(size: Size, dtype: torch.dtype) -> dict[str, Problem]:
+    s, d, k, c, e = dtype.itemsize, size.value_dim, size.top_m * HEADS, CORES, BLOCKS
+    rows = size.side**2 // e
+    op = torch.ops.ultramem
+
+    def lookup(t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        n = 2 * t * k  # a small table: only rows that are read matter
+        indices = torch.randperm(n)[: t * k] + n * torch.randint(e, (t * k,))
+        grad, values, scores = torch.rand(t, e, d), torch.rand(n, d), torch.rand(t, k, c)
+        return grad.to(dtype), values.to(dtype), indices.view(t, k), scores.to(dtype)
+
+    def slots(t: int) -> int:
+        """Bytes of indices and scores."""
+        return t * k * (8 + c * s)
+
+    return {
+        "lookup_reduce": Problem(
+            lambda t: lookup(t)[1:],
+            lambda *x: ops.lookup_reduce(*x, num_blocks=e),
+            lambda t, u: u * d * s + slots(t) + t * e * d * s,
+            rows,
+        ),
+        "lookup_reduce gradient": Problem(
+            lookup,
+            op.lookup_reduce_backward_rows,
+            lambda t, u: u * (2 * d * s + 8) + t * e * d * s + slots(t) + t * k * c * s,
+            rows,
+        ),
+        "lookup_reduce score gradient": Problem(
+            lookup,
+            lambda *x: op.lookup_reduce_backward(*x, False)[1],
+            lambda t, u: u * d * s + slots(t) + t * e * d * s,
+            rows,
+        ),
+        "permute_addresses": Problem(
+            lambda t: (torch.randint(size.side**2, (t, k)),),
+            lambda x: ops.permute_addresses(x, size.side**2, 0),
+            lambda t, _: 16 * t * k,
+        ),
+    }
+
+
+def _select_problems(size: Size, dtype: torch.dtype) -> dict[str, Problem]:
+    s, n, m, h, r, c = dtype.itemsize, size.side, size.top_m, HEADS, RANKS, CORES
+    op = torch.ops.ultramem
+    cores, pair = torch.rand(h, c, r, r).to(dtype), torch.rand(h, r)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape).to(dtype)
+
+    def kept(t: int, scores: int) -> int:
+        """Bytes of addresses and their scores."""
+        return t * h * m * (8 + scores * s)
+
+    def tucker(rule: Candidates) -> Problem:
+        return Problem(
+            lambda t: (uniform(t, h, r, n), uniform(t, h, r, n), cores, pair, pair.clone()),
+            lambda row, col, cores, u, t: ops.tucker_topk(row, col, cores, u, t, m, candidates=rule),
+            lambda t, _: 2 * t * h * r * n * s + cores.nbytes + 2 * pair.nbytes + kept(t, c),
+        )
+
+    return {
+        "tucker_topk one_tailed": tucker("one_tailed"),
+        "tucker_topk two_tailed": tucker("two_tailed"),
+        "tucker_topk gradient": Problem(
+            lambda t: (uniform(t, h, m, c), uniform(t, h, r, n), uniform(t, h, r, n), cores, _addresses(t, h, m, n)),
+            op.tucker_topk_backward,
+            lambda t, _: 2 * t * h * r * (n + m) * s + 2 * cores.nbytes + kept(t, c),
+        ),
+        "product_topk": Problem(
+            lambda t: (uniform(t, h, n), uniform(t, h, n)),
+            lambda row, col: ops.product_topk(row, col, m),
+            lambda t, _: 2 * t * h * n * s + kept(t, 1),
+        ),
+        "product_topk gradient": Problem(
+            lambda t: (uniform(t, h, m), _addresses(t, h, m, n)),
+            lambda *x: op.product_topk_backward(*x, n),
+            lambda t, _: 2 * t * h * n * s + kept(t, 1),
+        ),
+    }
+
+
+def _addresses(t: int, h: int, m: int, n: int) -> Tensor:
+    """Addresses [T,H,M] whose rows and columns all differ within a head."""
+    i, j = (torch.stack([torch.randperm(n)[:m] for _ in range(t * h)]) for _ in range(2))
+    return (i * n + j).view(t, h, m)
+
+
+def touched_rows(rows: int, slots: int) -> int:
+    """Expected number of distinct rows among `slots` uniform ones."""
+    return round(rows * -np.expm1(slots * np.log1p(-1 / rows))) if rows else 0
+
+
+def figures(name: str, problem: Problem, size_name: str, k: int) -> Iterator[static_table.Row]:
+    """The rows of an op at one size, K slots a token."""
+    from benchmarks.byte_count import count
+
+    asked: dict[int, int] = {}
+    for t in TOKENS:
+        counted = min(t, MOST_COUNTED_TOKENS)
+        if counted not in asked:
+            asked[counted] = count(problem.run, problem.inputs(counted)).asked
+        unshared = problem.floor(t, t * k)
+        yield {
+            "op": name,
+            "size": size_name,
+            "tokens": t,
+            "asked_bytes": asked[counted] * t // counted,
+            "floor_bytes": problem.floor(t, touched_rows(problem.rows, t * k)),
+            "unshared_bytes": unshared,
+            "ratio": round(asked[counted] * t / counted / unshared, 3),
+        }
+
+
+def rows_of_size(size_name: str) -> list[static_table.Row]:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    size = SIZES[size_name]
+    every = problems(size, DTYPE)
+    return [row for name, each in every.items() for row in figures(name, each, size_name, size.top_m * HEADS)]
+
+
+def table(rows: list[static_table.Row]) -> str:
+    fields = ("tokens", "asked_bytes", "floor_bytes", "unshared_bytes", "ratio")
+    lines = [f"{'op':28} {'size':5}" + "".join(f" {name:>14}" for name in fields)]
+    lines += [f"{row['op']:28} {row['size']:5}" + "".join(f" {row[name]:14}" for name in fields) for row in rows]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    static_table.add_modes(parser)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="sizes at a time")
+    options = parser.parse_args(arguments)
+    if "TRITON_INTERPRET" not in os.environ:
+        parser.error("bytes are counted in Triton's interpreter: run it with TRITON_INTERPRET=1")
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
+        rows = [row for part in pool.map(rows_of_size, SIZES) for row in part]
+    print(table(rows))
+    return static_table.conclude(SECTION, rows, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
