@@ -1,4 +1,4 @@
-"""The lookup's kernels by variant: every tile that dispatch knows, orders in pieces, runs over windows, quantised rows."""
+"""The lookup's kernels by variant: tiles that dispatch knows, slots in pieces, runs over windows, quantised rows."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def modelled_us(tile: PoolTile, device: Device, lookup: Lookup, tokens: int) -> 
     waves = triton.cdiv(programs, device.processors * tile.resident)
     # The three overlap, but not wholly.
     costs = (bytes_us, issue_us, waves * chain_us)
-    return 0.75 * max(costs) + 0.25 * sum(costs)
+    return float(0.75 * max(costs) + 0.25 * sum(costs))
 
 
 @lru_cache(maxsize=256)
@@ -156,7 +156,7 @@ def pool_tiles(lookup: Lookup, capability: int) -> tuple[tuple[int, PoolTile], .
     tiles = [build(lookup) for build in TILES]
     up_to: dict[PoolTile, int] = {}
     for tokens in (2**power for power in range(13)):
-        up_to[min(tiles, key=lambda tile: modelled_us(tile, device, lookup, tokens))] = tokens  # noqa: B023  # used here
+        up_to[min(tiles, key=lambda tile: modelled_us(tile, device, lookup, tokens))] = tokens  # used here
     return tuple(sorted(((tokens, tile) for tile, tokens in up_to.items()), key=lambda each: each[0]))
 
 

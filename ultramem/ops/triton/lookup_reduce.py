@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ultramem.ops.triton._launch import refuse_float64
-from ultramem.ops.triton.dispatch import Lookup, capability_of, pool_tile
+from ultramem.ops.triton.dispatch import Lookup, PoolTile, capability_of, pool_tile
 from ultramem.ops.triton.slot_order import count_of, new_slot_order, order_constants, order_slots
 
 # The first GPUs that convert float8 e4m3.
@@ -69,8 +69,9 @@ def lookup_reduce_kernel(
         rows += first_slot
         weights += (first_slot * C) + core * tl.cast(K, tl.int64)
         sizes, begins = order_slots(
-            indices, scores, scales, rows, weights, token, core, group * GROUP, N, K, C, GROUP, PIECE, PIECES, PERMUTATION
-        )
+            indices, scores, scales, rows, weights, token, core, group * GROUP, N, K,
+            C, GROUP, PIECE, PIECES, PERMUTATION,
+        )  # fmt: skip
     else:
         rows = indices + token * K
         weights = scores + token * K * C + core
@@ -101,21 +102,10 @@ def lookup_reduce_kernel(
         tl.store(out + (token * E + block) * D + column, pooled, mask=inside & (lane * 0 + block < E))
 
 
-def forward_launch(
-    t: Any,
-    k: int,
-    d: int,
-    c: int,
-    num_blocks: int,
-    *,
-    itemsize: int,
-    capability: int,
-    size: int = 0,
-    permutation_seed: int | None = None,
+def pool_launch(
+    tile: PoolTile, k: int, d: int, c: int, num_blocks: int, *, size: int = 0, permutation_seed: int | None = None
 ) -> dict[str, Any]:
-    """Constants and warps of the kernel for T tokens (an int, or a size that a compiler leaves open)."""
-    lookup = Lookup(slots=k, columns=d // c, itemsize=itemsize, cores=c, blocks=num_blocks)
-    tile = pool_tile(t, lookup, capability)
+    """Constants and warps of the kernel, for K slots a token of a virtual table of `size` rows."""
     constants = {"D": d, "C": c, "E": num_blocks, **tile.constants, **order_constants(k, size, permutation_seed)}
     return {**constants, "num_warps": tile.warps}
 
@@ -140,10 +130,8 @@ def lookup_reduce_fp8(
     """Pooled rows [T,E,D] in `dtype`, of float8 e4m3 values with a scale a row."""
     capability = capability_of(values_ND.device)
     if capability < FP8_CAPABILITY:
-        raise ValueError(
-            f"values of {values_ND.dtype} need a GPU of compute capability {FP8_CAPABILITY // 10}.{FP8_CAPABILITY % 10} "
-            f"or more, got {capability // 10}.{capability % 10}"
-        )
+        least, here = (f"{each // 10}.{each % 10}" for each in (FP8_CAPABILITY, capability))
+        raise ValueError(f"values of {values_ND.dtype} need a GPU of compute capability {least} or more, got {here}")
     values_NB = values_ND.view(torch.uint8)
     return _pool(values_NB, scales_N, indices_TK, scores_TKC, num_blocks, permutation_seed, dtype)
 
@@ -163,17 +151,15 @@ def _pool(
     out_TED = values_ND.new_empty(t, num_blocks, d, dtype=dtype)
     if t == 0:
         return out_TED
-    launch = forward_launch(
-        t, k, d, c, num_blocks,
-        itemsize=values_ND.element_size(), capability=capability_of(values_ND.device),
-        size=n * num_blocks, permutation_seed=permutation_seed,
-    )  # fmt: skip
-    groups = triton.cdiv(num_blocks, launch["GROUP"])
+    lookup = Lookup(slots=k, columns=d // c, itemsize=values_ND.element_size(), cores=c, blocks=num_blocks)
+    tile = pool_tile(t, lookup, capability_of(values_ND.device))
+    launch = pool_launch(tile, k, d, c, num_blocks, size=n * num_blocks, permutation_seed=permutation_seed)
+    groups = triton.cdiv(num_blocks, tile.group)
     if num_blocks == 1 and permutation_seed is None and scales_N is None:
         rows, weights = indices_TK, scores_TKC
     else:
         rows, weights = new_slot_order(indices_TK, n, c, groups)
-    chunks = triton.cdiv(d // c, launch["COLUMNS"])
+    chunks = triton.cdiv(d // c, tile.columns)
     wrap_triton(lookup_reduce_kernel)[(t * c * chunks, groups)](
         values_ND, scales_N, indices_TK, scores_TKC, rows, weights, out_TED, n, k, t, **launch
     )

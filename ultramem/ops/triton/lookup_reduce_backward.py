@@ -28,15 +28,11 @@ def lookup_reduce_backward(
     if not need_values:
         if not need_scores:
             return values_ND.new_empty(0), scores_TKC.new_empty(0)
-        grad_scores = score_gradient(
-            grad_TED, values_ND, indices_TK, scores_TKC, permutation_seed=permutation_seed
-        )
+        grad_scores = score_gradient(grad_TED, values_ND, indices_TK, scores_TKC, permutation_seed=permutation_seed)
         return values_ND.new_empty(0), grad_scores
     grad_values_ND = values_ND.new_zeros(values_ND.shape)
     slots = sort_slots(indices_TK, values_ND.shape[0], grad_TED.shape[1], permutation_seed)
-    grad_scores = row_gradient(
-        grad_TED, values_ND, scores_TKC, slots, None, grad_values_ND, need_scores=need_scores
-    )
+    grad_scores = row_gradient(grad_TED, values_ND, scores_TKC, slots, None, grad_values_ND, need_scores=need_scores)
     return grad_values_ND, grad_scores
 
 
@@ -54,7 +50,5 @@ def lookup_reduce_backward_rows(
     slots = sort_slots(indices_TK, values_ND.shape[0], num_blocks, permutation_seed)
     rows_U, targets_S = torch.unique_consecutive(slots.keys_S // num_blocks, return_inverse=True)
     grads_UD = values_ND.new_empty(rows_U.shape[0], values_ND.shape[1])
-    grad_scores = row_gradient(
-        grad_TED, values_ND, scores_TKC, slots, targets_S, grads_UD, need_scores=need_scores
-    )
+    grad_scores = row_gradient(grad_TED, values_ND, scores_TKC, slots, targets_S, grads_UD, need_scores=need_scores)
     return rows_U.to(torch.int64), grads_UD, grad_scores

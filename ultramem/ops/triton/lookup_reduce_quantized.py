@@ -9,8 +9,6 @@ W = X * bits / 32 words a core.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ultramem.ops.triton.dispatch import Lookup, capability_of, pool_tile
-from ultramem.ops.triton.slot_order import count_of, new_slot_order, order_constants, order_slots
+from ultramem.ops.triton.lookup_reduce import pool_launch
+from ultramem.ops.triton.slot_order import count_of, new_slot_order, order_slots
 
 WORD_BITS = 32
 # Loads of rows that a lane has in its tile: unpacked, 4 are as many registers as 8 of bfloat16.
@@ -33,10 +32,7 @@ def _fraction(words, at: tl.constexpr, BITS: tl.constexpr):
     """
     SHIFT: tl.constexpr = 23 - BITS - at * BITS
     MASK: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
-    if SHIFT >= 0:
-        moved = words << SHIFT
-    else:
-        moved = words >> -SHIFT
+    moved = words << SHIFT if SHIFT >= 0 else words >> -SHIFT
     return ((moved & MASK) | 0x3F800000).to(tl.float32, bitcast=True)
 
 
@@ -96,8 +92,9 @@ def lookup_reduce_quantized_kernel(
     rows += first_slot
     weights += (first_slot * C) + core * tl.cast(K, tl.int64)
     sizes, begins = order_slots(
-        indices, scores, scales, rows, weights, token, core, group * GROUP, N, K, C, GROUP, PIECE, PIECES, PERMUTATION
-    )
+        indices, scores, scales, rows, weights, token, core, group * GROUP, N, K,
+        C, GROUP, PIECE, PIECES, PERMUTATION,
+    )  # fmt: skip
     # The top bit of every element: flipping it makes v + 2^(BITS-1) of v.
     FLIP: tl.constexpr = -2139062144 if BITS == 8 else -2004318072
     for e in range(GROUP):
@@ -134,26 +131,10 @@ def lookup_reduce_quantized_kernel(
         tl.store(where, _row_order(pooled, COUNT), mask=(x < W * COUNT) & (x * 0 + block < E))
 
 
-def quantized_launch(
-    t: Any,
-    k: int,
-    d: int,
-    c: int,
-    num_blocks: int,
-    *,
-    bits: int,
-    capability: int,
-    size: int = 0,
-    permutation_seed: int | None = None,
-) -> dict[str, Any]:
-    """Constants and warps of the kernel for T tokens (an int, or a size that a compiler leaves open)."""
+def quantized_lookup(k: int, d: int, c: int, num_blocks: int, *, bits: int) -> Lookup:
+    """The lookup as dispatch sees it, in words."""
     words = d // c * bits // WORD_BITS
-    lookup = Lookup(
-        slots=k, columns=words, itemsize=WORD_BITS // 8, cores=c, blocks=num_blocks, row_loads=ROW_LOADS
-    )
-    tile = pool_tile(t, lookup, capability)
-    constants = {"D": d, "C": c, "E": num_blocks, "BITS": bits, **tile.constants}
-    return {**constants, **order_constants(k, size, permutation_seed), "num_warps": tile.warps}
+    return Lookup(slots=k, columns=words, itemsize=WORD_BITS // 8, cores=c, blocks=num_blocks, row_loads=ROW_LOADS)
 
 
 def lookup_reduce_quantized(
@@ -178,14 +159,24 @@ def lookup_reduce_quantized(
     out_TED = scores_TKC.new_empty(t, num_blocks, d, dtype=dtype)
     if t == 0:
         return out_TED
-    launch = quantized_launch(
-        t, k, d, c, num_blocks,
-        bits=bits, capability=capability_of(values_NB.device), size=n * num_blocks, permutation_seed=permutation_seed,
-    )  # fmt: skip
-    groups = triton.cdiv(num_blocks, launch["GROUP"])
+    lookup = quantized_lookup(k, d, c, num_blocks, bits=bits)
+    tile = pool_tile(t, lookup, capability_of(values_NB.device))
+    launch = pool_launch(tile, k, d, c, num_blocks, size=n * num_blocks, permutation_seed=permutation_seed)
+    groups = triton.cdiv(num_blocks, tile.group)
     rows, weights = new_slot_order(indices_TK, n, c, groups)
-    chunks = triton.cdiv(d * bits // WORD_BITS // c, launch["COLUMNS"])
+    chunks = triton.cdiv(lookup.columns, tile.columns)
     wrap_triton(lookup_reduce_quantized_kernel)[(t * c * chunks, groups)](
-        values_NB.view(torch.int32), scales_N, indices_TK, scores_TKC, rows, weights, out_TED, n, k, t, **launch
+        values_NB.view(torch.int32),
+        scales_N,
+        indices_TK,
+        scores_TKC,
+        rows,
+        weights,
+        out_TED,
+        n,
+        k,
+        t,
+        BITS=bits,
+        **launch,
     )
     return out_TED

@@ -1,8 +1,8 @@
 """Gradients of rows and scores in one pass over slots sorted by row: no atomics, the same bits every time.
 
 A program takes a window of consecutive slots and adds up each row's run of them. A run that goes on in the next window
-leaves a float32 part there; a second kernel adds the parts in order. So a row that every token shares is worked on by as
-many programs as its slots fill windows.
+leaves a float32 part there; a second kernel adds the parts in order. So a row that every token shares is worked on by
+as many programs as its slots fill windows.
 
 Shapes: N rows, D value dim, T tokens, K slots a token, S = T*K slots, C cores, E blocks, X = D/C columns a core,
 W windows.
@@ -54,8 +54,9 @@ def row_gradient_kernel(
     COLUMNS: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """grad_rows[target,x] = sum over a row's slots of scores * grad[t,block,x]; grad_scores[chunk,slot,core] = the row's
-    values times grad[t,block], over the columns of this program, if SCORES.
+    """grad_rows[target,x] = sum over a row's slots of scores * grad[t,block,x].
+
+    If SCORES, grad_scores[chunk,slot,core] = the row's values times grad[t,block], over the columns of this program.
 
     parts[2w] is of the run that came into window w, parts[2w+1] of the one that began there and goes on.
     Bytes: S * D * itemsize of grad; touched rows once (again where a run meets a new window; the repeats of a run come
@@ -205,9 +206,7 @@ def row_gradient(
     grad_scores = scores_TKC.new_empty((t, k, c) if need_scores else 0)
     if count == 0 or d == 0:
         return grad_scores.zero_()
-    launch = row_gradient_launch(
-        count, d, c, num_blocks, itemsize=values_ND.element_size(), need_scores=need_scores
-    )
+    launch = row_gradient_launch(count, d, c, num_blocks, itemsize=values_ND.element_size(), need_scores=need_scores)
     chunks, windows = triton.cdiv(d // c, launch["COLUMNS"]), triton.cdiv(count, launch["WINDOW"])
     # Each chunk of columns writes its own part of a score's gradient: adding them afterwards needs no atomics.
     by_chunk = need_scores and chunks > 1

@@ -20,9 +20,7 @@ WARPS = 4
 
 
 @triton.jit
-def slot_keys_kernel(
-    indices, keys, count, N, E: tl.constexpr, PERMUTATION: tl.constexpr, BLOCK: tl.constexpr
-):
+def slot_keys_kernel(indices, keys, count, N, E: tl.constexpr, PERMUTATION: tl.constexpr, BLOCK: tl.constexpr):
     """keys = row * E + block of each index: sorting by it brings a row's slots together, block after block.
 
     Bytes: 8 read and 4 written a slot.
