@@ -36,13 +36,12 @@ def block_of(local, N, GROUP: tl.constexpr):
 
 
 @triton.jit
-def load_slots(indices, token, slot, first, N, K, GROUP: tl.constexpr, PERMUTATION: tl.constexpr):
-    """Row, block in the group and membership of the group, of some slots of a token."""
-    index = tl.load(indices + token * K + slot, mask=slot < K, other=0)
+def locate(index, exists, first, N, GROUP: tl.constexpr, PERMUTATION: tl.constexpr):
+    """Row, block in the group and membership of the group, of indices (before the permutation, if there is one)."""
     if PERMUTATION is not None:
         index = permute(index, PERMUTATION, False)
     local = index - first
-    mine = (slot < K) & (local >= 0) & (local < GROUP * N)
+    mine = exists & (local >= 0) & (local < GROUP * N)
     block = block_of(local, N, GROUP)
     return local - block * N, block, mine
 
@@ -91,13 +90,16 @@ def order_slots(
     if PIECES > 1:
         for piece in range(PIECES):
             slot = piece * PIECE + tl.arange(0, PIECE)
-            _, block, mine = load_slots(indices, token, slot, first, rows_N, K, GROUP, PERMUTATION)
+            index = tl.load(indices + token * K + slot, mask=slot < K, other=0)
+            _, block, mine = locate(index, slot < K, first, rows_N, GROUP, PERMUTATION)
             sizes += tl.sum(_one(block, mine, GROUP), axis=0)
     before = tl.full([], 0, tl.int64)
     begins = tl.full([], 0, tl.int64)
     for piece in range(PIECES):
         slot = piece * PIECE + tl.arange(0, PIECE)
-        row, block, mine = load_slots(indices, token, slot, first, rows_N, K, GROUP, PERMUTATION)
+        # Loaded here and not in `locate`: torch.compile takes an argument of what gives a store's address as written.
+        index = tl.load(indices + token * K + slot, mask=slot < K, other=0)
+        row, block, mine = locate(index, slot < K, first, rows_N, GROUP, PERMUTATION)
         weight = tl.load(scores + (token * K + slot) * C + core, mask=mine, other=0.0).to(tl.float32)
         if scales is not None:
             weight *= tl.load(scales + row, mask=mine, other=0.0)
