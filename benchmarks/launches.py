@@ -2,9 +2,9 @@
 
     python -m benchmarks.launches [--check | --update]
 
-Graphs are AOTAutograd's and Inductor's (`benchmarks/fake_cuda.py`). A backward op of ours is opaque to them: its body
+Graphs are AOTAutograd's and Inductor's (`benchmarks/fake_cuda.py`). A backward op of ours is opaque to them: the layer
 is run on the CPU at a small size, where each kernel of ours is recorded instead of launched and each PyTorch operator
-counts as one launch (a sort is several on the device). A GEMM counts as one.
+in the body of an op counts as one launch (a sort is several on the device). A GEMM counts as one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -101,40 +101,26 @@ def launches_of_code(code: str, op_bodies: dict[str, list[str]]) -> list[str]:
     return names
 
 
-def launches_of_op(run: Callable[[], Any]) -> list[str]:
-    """What the Triton path of an op launches; its kernels write nothing."""
+def op_bodies(config: MemoryConfig) -> dict[str, list[str]]:
+    """What every op of ours in a layer launches, forward and backward, by a run with few keys and idle kernels."""
+    with torch.device("meta"):
+        layer = UltraMemLayer(replace(config, knum=2 * config.top_m, key_dim=8)).to(DTYPE)
+    layer.to_empty(device="cpu")
+    assert layer.table is not None
     recorder = OperatorRecorder()
 
     def launch(kernel: Any, *_: Any, **__: Any) -> None:
         recorder.calls.append(Call(kernel.__name__, 0))
 
     forced = ops.use_implementation(ops.Implementation.TRITON)
-    with mock.patch.object(JITFunction, "run", launch), forced, recorder:
-        run()
-    return [call.name if call.name.endswith("_kernel") else f"aten {call.name}" for call in recorder.calls]
-
-
-def op_bodies(config: MemoryConfig) -> dict[str, list[str]]:
-    """Launches of each opaque op that a layer of this structure may call."""
-    t, n, r, c = 3, 64, config.rank, config.num_cores
-    h, k, e, d = config.num_heads, config.top_m, config.expansion, config.value_dim
-
-    def x(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=DTYPE)
-
-    lookup = x(t, e, d), x(n, d), torch.randint(n, (t, h * k)), x(t, h * k, c)
-    addresses = torch.randint(n * n, (t, h, k))
-    tucker = x(t, h, k, c), x(t, h, r, n), x(t, h, r, n), x(h, c, r, r), addresses
-    op = torch.ops.ultramem
-    bodies: dict[str, Callable[[], Any]] = {
-        "lookup_reduce_backward": lambda: op.lookup_reduce_backward(*lookup, True),
-        "lookup_reduce_backward_rows": lambda: op.lookup_reduce_backward_rows(*lookup),
+    with mock.patch.object(JITFunction, "run", launch), fake_driver(), forced, recorder:
+        for layer.table.sparse_grad in (False, True):
+            layer(torch.zeros(1, 3, config.hidden_size, dtype=DTYPE)).sum().backward()
+            layer.zero_grad()
+    return {
+        op: [call.name if call.name.endswith("_kernel") else f"aten {call.name}" for call in calls]
+        for op, calls in recorder.bodies.items()
     }
-    if r > 1:
-        bodies["tucker_topk_backward"] = lambda: op.tucker_topk_backward(*tucker)
-    else:
-        bodies["product_topk_backward"] = lambda: op.product_topk_backward(tucker[0][..., 0], addresses, n)
-    return {name: launches_of_op(run) for name, run in bodies.items()}
 
 
 def graphs_of(

@@ -51,37 +51,28 @@ def problems(size: Size, dtype: torch.dtype) -> dict[str, Problem]:
 def _lookup_problems(size: Size, dtype: torch.dtype) -> dict[str, Problem]:
     s, d, k, c, e = dtype.itemsize, size.value_dim, size.top_m * HEADS, CORES, BLOCKS
     rows = size.side**2 // e
-    op = torch.ops.ultramem
 
-    def lookup(t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def lookup(t: int) -> tuple[Tensor, Tensor, Tensor]:
         n = 2 * t * k  # a small table: only rows that are read matter
         indices = torch.randperm(n)[: t * k] + n * torch.randint(e, (t * k,))
-        grad, values, scores = torch.rand(t, e, d), torch.rand(n, d), torch.rand(t, k, c)
-        return grad.to(dtype), values.to(dtype), indices.view(t, k), scores.to(dtype)
+        return torch.rand(n, d).to(dtype), indices.view(t, k), torch.rand(t, k, c).to(dtype)
+
+    def pool(values: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
+        return ops.lookup_reduce(values, indices, scores, num_blocks=e, sparse_grad=True)
 
     def slots(t: int) -> int:
         """Bytes of indices and scores."""
         return t * k * (8 + c * s)
 
+    def floor(t: int, u: int) -> int:
+        return u * d * s + slots(t) + t * e * d * s
+
     return {
-        "lookup_reduce": Problem(
-            lambda t: lookup(t)[1:],
-            lambda *x: ops.lookup_reduce(*x, num_blocks=e),
-            lambda t, u: u * d * s + slots(t) + t * e * d * s,
-            rows,
+        "lookup_reduce": Problem(lookup, pool, floor, rows),
+        "lookup_reduce gradient": _gradient(
+            lookup, pool, (0, 2), lambda t, u: floor(t, u) + u * (d * s + 8) + t * k * c * s, rows
         ),
-        "lookup_reduce gradient": Problem(
-            lookup,
-            op.lookup_reduce_backward_rows,
-            lambda t, u: u * (2 * d * s + 8) + t * e * d * s + slots(t) + t * k * c * s,
-            rows,
-        ),
-        "lookup_reduce score gradient": Problem(
-            lookup,
-            lambda *x: op.lookup_reduce_backward(*x, False)[1],
-            lambda t, u: u * d * s + slots(t) + t * e * d * s,
-            rows,
-        ),
+        "lookup_reduce score gradient": _gradient(lookup, pool, (2,), floor, rows),
         "permute_addresses": Problem(
             lambda t: (torch.randint(size.side**2, (t, k)),),
             lambda x: ops.permute_addresses(x, size.side**2, 0),
@@ -92,48 +83,66 @@ def _lookup_problems(size: Size, dtype: torch.dtype) -> dict[str, Problem]:
 
 def _select_problems(size: Size, dtype: torch.dtype) -> dict[str, Problem]:
     s, n, m, h, r, c = dtype.itemsize, size.side, size.top_m, HEADS, RANKS, CORES
-    op = torch.ops.ultramem
     cores, pair = torch.rand(h, c, r, r).to(dtype), torch.rand(h, r)
 
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape).to(dtype)
+    def tucker_inputs(t: int) -> tuple[Tensor, ...]:
+        return torch.rand(t, h, r, n).to(dtype), torch.rand(t, h, r, n).to(dtype), cores, pair, pair.clone()
+
+    def tucker(rule: Candidates) -> Callable[..., ops.TopK]:
+        return lambda row, col, cores, u, t: ops.tucker_topk(row, col, cores, u, t, m, candidates=rule)
+
+    def product_inputs(t: int) -> tuple[Tensor, ...]:
+        return torch.rand(t, h, n).to(dtype), torch.rand(t, h, n).to(dtype)
+
+    def product(row: Tensor, col: Tensor) -> ops.TopK:
+        return ops.product_topk(row, col, m)
 
     def kept(t: int, scores: int) -> int:
         """Bytes of addresses and their scores."""
         return t * h * m * (8 + scores * s)
 
-    def tucker(rule: Candidates) -> Problem:
-        return Problem(
-            lambda t: (uniform(t, h, r, n), uniform(t, h, r, n), cores, pair, pair.clone()),
-            lambda row, col, cores, u, t: ops.tucker_topk(row, col, cores, u, t, m, candidates=rule),
-            lambda t, _: 2 * t * h * r * n * s + cores.nbytes + 2 * pair.nbytes + kept(t, c),
-        )
+    def tucker_floor(t: int, _: int) -> int:
+        return 2 * t * h * r * n * s + cores.nbytes + 2 * pair.nbytes + kept(t, c)
+
+    def product_floor(t: int, _: int) -> int:
+        return 2 * t * h * n * s + kept(t, 1)
 
     return {
-        "tucker_topk one_tailed": tucker("one_tailed"),
-        "tucker_topk two_tailed": tucker("two_tailed"),
-        "tucker_topk gradient": Problem(
-            lambda t: (uniform(t, h, m, c), uniform(t, h, r, n), uniform(t, h, r, n), cores, _addresses(t, h, m, n)),
-            op.tucker_topk_backward,
-            lambda t, _: 2 * t * h * r * (n + m) * s + 2 * cores.nbytes + kept(t, c),
+        "tucker_topk one_tailed": Problem(tucker_inputs, tucker("one_tailed"), tucker_floor),
+        "tucker_topk two_tailed": Problem(tucker_inputs, tucker("two_tailed"), tucker_floor),
+        "tucker_topk gradient": _gradient(
+            tucker_inputs,
+            tucker("one_tailed"),
+            (0, 1, 2),
+            lambda t, _: 2 * t * h * r * n * s + 2 * cores.nbytes + kept(t, c),
         ),
-        "product_topk": Problem(
-            lambda t: (uniform(t, h, n), uniform(t, h, n)),
-            lambda row, col: ops.product_topk(row, col, m),
-            lambda t, _: 2 * t * h * n * s + kept(t, 1),
-        ),
-        "product_topk gradient": Problem(
-            lambda t: (uniform(t, h, m), _addresses(t, h, m, n)),
-            lambda *x: op.product_topk_backward(*x, n),
-            lambda t, _: 2 * t * h * n * s + kept(t, 1),
-        ),
+        "product_topk": Problem(product_inputs, product, product_floor),
+        "product_topk gradient": _gradient(product_inputs, product, (0, 1), product_floor),
     }
 
 
-def _addresses(t: int, h: int, m: int, n: int) -> Tensor:
-    """Addresses [T,H,M] whose rows and columns all differ within a head."""
-    i, j = (torch.stack([torch.randperm(n)[:m] for _ in range(t * h)]) for _ in range(2))
-    return (i * n + j).view(t, h, m)
+def _gradient(
+    inputs: Callable[[int], tuple[Tensor, ...]],
+    run: Callable[..., Any],
+    wanted: tuple[int, ...],
+    floor: Callable[[int, int], int],
+    rows: int = 0,
+) -> Problem:
+    """The backward of an op, for the gradients of the inputs at the positions `wanted`."""
+
+    def forward(t: int) -> tuple[Tensor, ...]:
+        found = inputs(t)
+        for position in wanted:
+            found[position].requires_grad_()
+        with torch.enable_grad(), ops.use_implementation(ops.Implementation.ATEN):
+            result = run(*found)
+        output, *others = [result] if isinstance(result, Tensor) else result
+        return output, torch.rand(output.shape).to(output.dtype), *others, *(found[position] for position in wanted)
+
+    def backward(output: Tensor, grad: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, rest[-len(wanted) :], grad)
+
+    return Problem(forward, backward, floor, rows)
 
 
 def touched_rows(rows: int, slots: int) -> int:

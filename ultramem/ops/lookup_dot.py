@@ -13,7 +13,7 @@ from torch import Tensor
 from ultramem.ops import _checks as checks
 from ultramem.ops._registration import traceable_op
 from ultramem.ops._sparse_gradient import rows_gradient
-from ultramem.ops.implementation import runs_triton
+from ultramem.ops.implementation import runs_native, runs_triton
 from ultramem.ops.lookup_reduce import (
     _MODE_SUM,
     _lookup_reduce,
@@ -34,6 +34,9 @@ def _lookup_dot(rows_ND: Tensor, indices_TK: Tensor, query_TD: Tensor, sparse_gr
         from ultramem.ops.triton import lookup_dot as kernels
 
         return kernels.lookup_dot(rows_ND, row_TK, query_TD)
+    if runs_native(rows_ND):
+        native_dots: Tensor = torch.ops.ultramem_native.lookup_dot(rows_ND, indices_TK, query_TD)
+        return native_dots
     t, k = row_TK.shape
     # The gradient of an embedding bag's weights is this very product, without a copy of the rows: token t is a bag
     # of K slots, and the query is the gradient of its sum.

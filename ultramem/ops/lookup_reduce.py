@@ -13,7 +13,7 @@ from torch import Tensor
 from ultramem.ops import _checks as checks
 from ultramem.ops._registration import accumulation_dtype, opaque_op, traceable_op
 from ultramem.ops._sparse_gradient import rows_gradient
-from ultramem.ops.implementation import runs_triton
+from ultramem.ops.implementation import runs_native, runs_triton
 from ultramem.ops.permute_addresses import _permute_addresses, require_seed
 
 
@@ -44,6 +44,9 @@ def _lookup_reduce(
         return kernels.lookup_reduce(values_ND, indices_TK, scores_TKC, num_blocks, permutation_seed)
     n, d = values_ND.shape
     indices_TK = _permuted(indices_TK, n * num_blocks, permutation_seed)
+    if runs_native(values_ND):
+        pooled_TED: Tensor = torch.ops.ultramem_native.lookup_reduce(values_ND, indices_TK, scores_TKC, num_blocks)
+        return pooled_TED
     t, _, c = scores_TKC.shape
     bags = _bags(n, indices_TK, scores_TKC.to(values_ND.dtype), num_blocks)
     pooled = torch.nn.functional.embedding_bag(
@@ -103,6 +106,11 @@ def _lookup_reduce_backward(
             grad_TED, values_ND, indices_TK, scores_TKC, need_values, need_scores, permutation_seed
         )
     indices_TK = _permuted(indices_TK, values_ND.shape[0] * grad_TED.shape[1], permutation_seed)
+    if runs_native(values_ND):
+        grads: tuple[Tensor, Tensor] = torch.ops.ultramem_native.lookup_reduce_backward(
+            grad_TED, values_ND, indices_TK, scores_TKC, need_values, need_scores
+        )
+        return grads
     if values_ND.dtype in _BAG_DTYPES:
         return _bag_gradients(grad_TED, values_ND, indices_TK, scores_TKC, need_values, need_scores)
     rows_U, row_grads_UD, grad_scores = _touched_gradients(grad_TED, values_ND, indices_TK, scores_TKC, need_scores)
@@ -198,6 +206,11 @@ def _lookup_reduce_backward_rows(
             grad_TED, values_ND, indices_TK, scores_TKC, need_scores, permutation_seed
         )
     indices_TK = _permuted(indices_TK, values_ND.shape[0] * grad_TED.shape[1], permutation_seed)
+    if runs_native(values_ND):
+        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.ultramem_native.lookup_reduce_backward_rows(
+            grad_TED, values_ND, indices_TK, scores_TKC, need_scores
+        )
+        return grads
     return _touched_gradients(grad_TED, values_ND, indices_TK, scores_TKC, need_scores)
 
 
@@ -224,8 +237,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_TED: Tensor) -> tuple[Tensor | None, ...]:
-    values, indices, scores = ctx.saved_tensors
     need_values, _, need_scores, *_ = ctx.needs_input_grad
+    values, indices, scores = ctx.saved_tensors
     grads = grad_TED.contiguous(), values, indices, scores
     if ctx.sparse_grad and need_values:
         rows, row_grads, grad_scores = _lookup_reduce_backward_rows(*grads, need_scores, ctx.permutation_seed)
