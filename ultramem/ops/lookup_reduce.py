@@ -14,6 +14,7 @@ from ultramem.ops import _checks as checks
 from ultramem.ops._registration import accumulation_dtype, opaque_op, traceable_op
 from ultramem.ops._sparse_gradient import rows_gradient
 from ultramem.ops.implementation import runs_native, runs_triton
+from ultramem.ops.permute_addresses import _permute_addresses, require_seed
 
 
 def lookup_reduce_reference(
@@ -30,22 +31,32 @@ def lookup_reduce_reference(
 
 @traceable_op("ultramem::lookup_reduce")
 def _lookup_reduce(
-    values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int, sparse_grad: bool
+    values_ND: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    num_blocks: int,
+    sparse_grad: bool,
+    permutation_seed: int | None = None,
 ) -> Tensor:
     if runs_triton(values_ND):
         from ultramem.ops.triton import lookup_reduce as kernels
 
-        return kernels.lookup_reduce(values_ND, indices_TK, scores_TKC, num_blocks)
+        return kernels.lookup_reduce(values_ND, indices_TK, scores_TKC, num_blocks, permutation_seed)
+    n, d = values_ND.shape
+    indices_TK = _permuted(indices_TK, n * num_blocks, permutation_seed)
     if runs_native(values_ND):
         pooled_TED: Tensor = torch.ops.ultramem_native.lookup_reduce(values_ND, indices_TK, scores_TKC, num_blocks)
         return pooled_TED
-    n, d = values_ND.shape
     t, _, c = scores_TKC.shape
     bags = _bags(n, indices_TK, scores_TKC.to(values_ND.dtype), num_blocks)
     pooled = torch.nn.functional.embedding_bag(
         bags.rows, values_ND.view(n * c, d // c), bags.first, mode="sum", per_sample_weights=bags.weights
     )
     return pooled.view(t, c, num_blocks, d // c).transpose(1, 2).reshape(t, num_blocks, d)
+
+
+def _permuted(indices_TK: Tensor, size: int, seed: int | None) -> Tensor:
+    return indices_TK if seed is None else _permute_addresses(indices_TK, size, seed, False)
 
 
 class _Bags(NamedTuple):
@@ -85,15 +96,16 @@ def _lookup_reduce_backward(
     scores_TKC: Tensor,
     need_values: bool,
     need_scores: bool = True,
+    permutation_seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the table [N,D] and of the scores [T,K,C], each empty unless needed; the same bits every time."""
     if runs_triton(values_ND):
-        from ultramem.ops.triton import lookup_reduce as kernels
+        from ultramem.ops.triton import lookup_reduce_backward as kernels
 
-        grad_values, grad_scores = kernels.lookup_reduce_backward(
-            grad_TED, values_ND, indices_TK, scores_TKC, need_values
+        return kernels.lookup_reduce_backward(
+            grad_TED, values_ND, indices_TK, scores_TKC, need_values, need_scores, permutation_seed
         )
-        return grad_values, grad_scores if need_scores else scores_TKC.new_empty(0)
+    indices_TK = _permuted(indices_TK, values_ND.shape[0] * grad_TED.shape[1], permutation_seed)
     if runs_native(values_ND):
         grads: tuple[Tensor, Tensor] = torch.ops.ultramem_native.lookup_reduce_backward(
             grad_TED, values_ND, indices_TK, scores_TKC, need_values, need_scores
@@ -115,6 +127,7 @@ def _(
     scores_TKC: Tensor,
     need_values: bool,
     need_scores: bool = True,
+    permutation_seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     return (
         values_ND.new_empty(values_ND.shape if need_values else (0,)),
@@ -178,16 +191,21 @@ def _touched_gradients(
 
 @opaque_op("ultramem::lookup_reduce_backward_rows")
 def _lookup_reduce_backward_rows(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_scores: bool = True
+    grad_TED: Tensor,
+    values_ND: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    need_scores: bool = True,
+    permutation_seed: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By touched row: rows [U] ascending, their gradients [U,D]; and of the scores [T,K,C], empty unless needed."""
     if runs_triton(values_ND):
-        from ultramem.ops.triton import lookup_reduce as kernels
+        from ultramem.ops.triton import lookup_reduce_backward as kernels
 
-        rows_U, row_grads_UD, grad_scores = kernels.lookup_reduce_backward_rows(
-            grad_TED, values_ND, indices_TK, scores_TKC
+        return kernels.lookup_reduce_backward_rows(
+            grad_TED, values_ND, indices_TK, scores_TKC, need_scores, permutation_seed
         )
-        return rows_U, row_grads_UD, grad_scores if need_scores else scores_TKC.new_empty(0)
+    indices_TK = _permuted(indices_TK, values_ND.shape[0] * grad_TED.shape[1], permutation_seed)
     if runs_native(values_ND):
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.ultramem_native.lookup_reduce_backward_rows(
             grad_TED, values_ND, indices_TK, scores_TKC, need_scores
@@ -198,7 +216,12 @@ def _lookup_reduce_backward_rows(
 
 @_lookup_reduce_backward_rows.register_fake
 def _(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_scores: bool = True
+    grad_TED: Tensor,
+    values_ND: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    need_scores: bool = True,
+    permutation_seed: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     touched = torch.library.get_ctx().new_dynamic_size()
     return (
@@ -209,7 +232,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    values, indices, scores, _, ctx.sparse_grad = inputs
+    values, indices, scores, _, ctx.sparse_grad, ctx.permutation_seed = inputs
     ctx.save_for_backward(values, indices, scores)
 
 
@@ -218,11 +241,11 @@ def _backward(ctx: Any, grad_TED: Tensor) -> tuple[Tensor | None, ...]:
     values, indices, scores = ctx.saved_tensors
     grads = grad_TED.contiguous(), values, indices, scores
     if ctx.sparse_grad and need_values:
-        rows, row_grads, grad_scores = _lookup_reduce_backward_rows(*grads, need_scores)
+        rows, row_grads, grad_scores = _lookup_reduce_backward_rows(*grads, need_scores, ctx.permutation_seed)
         grad_values = rows_gradient(rows, row_grads, values)
     else:
-        grad_values, grad_scores = _lookup_reduce_backward(*grads, need_values, need_scores)
-    return grad_values if need_values else None, None, grad_scores if need_scores else None, None, None
+        grad_values, grad_scores = _lookup_reduce_backward(*grads, need_values, need_scores, ctx.permutation_seed)
+    return grad_values if need_values else None, None, grad_scores if need_scores else None, None, None, None
 
 
 _lookup_reduce.register_autograd(_backward, setup_context=_setup_context)
@@ -256,6 +279,7 @@ def lookup_reduce(
     *,
     num_blocks: int = 1,
     sparse_grad: bool = False,
+    permutation_seed: int | None = None,
     checked: bool = False,
 ) -> Tensor:
     """Pool weighted rows: `out[t,p] = sum_{k: block(k)=p} concat_c(score[t,k,c] * V[row(k)]_c)` (paper, eq 14-17).
@@ -270,6 +294,8 @@ def lookup_reduce(
         num_blocks: E, the virtual expansion.
         sparse_grad: the table's gradient is a sparse COO tensor of the touched rows (unique, ascending) instead of a
             dense [N,D].
+        permutation_seed: the indices are addresses before the permutation; `permute_addresses(indices_TK,
+            N*num_blocks, permutation_seed)` are the virtual indices. A kernel permutes as it reads them.
         checked: read the indices and raise if one is out of range. This waits for the device and cannot be traced;
             without it an index out of range is undefined behaviour.
 
@@ -281,9 +307,16 @@ def lookup_reduce(
         ValueError: rank, shape or device differ, C does not divide D, or (checked) an index is out of range.
     """
     require_lookup(values_ND, indices_TK, scores_TKC, num_blocks)
+    if permutation_seed is not None:
+        require_seed("permutation_seed", permutation_seed)
     if checked:
         checks.require_in_range("indices_TK", indices_TK, values_ND.shape[0] * num_blocks)
     pooled_TED: Tensor = _lookup_reduce(
-        values_ND.contiguous(), indices_TK.contiguous(), scores_TKC.contiguous(), num_blocks, sparse_grad
+        values_ND.contiguous(),
+        indices_TK.contiguous(),
+        scores_TKC.contiguous(),
+        num_blocks,
+        sparse_grad,
+        permutation_seed,
     )
     return pooled_TED
