@@ -55,6 +55,7 @@ gpu-dry-run: $(KERNELS)
 	OUT=$(or $(OUT),runs/gpu) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu --dry-run
 
 benchmarks: $(KERNELS)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.run --suite cpu --publish
 	$(BIN)/python -m benchmarks.report
 

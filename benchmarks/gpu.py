@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.harness.results import Results
 from benchmarks.harness.row import selected
 from benchmarks.harness.scheduler import LostError, Plan, probe_machine, run_rows, run_within
-from benchmarks.harness.source import ROOT
+from benchmarks.harness.source import ROOT, Source, source
 from benchmarks.harness.table import goals_table
 
 MINUTES = 9.0
@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all of it (default: {MINUTES:g})")
     parser.add_argument("--no-tests", action="store_true", help="benchmarks alone")
     parser.add_argument("--rows", default="", help="names, their beginnings or globs, with commas between")
+    parser.add_argument("--commit", help="to record where the checkout has no git")
     parser.add_argument("--subjects", default="benchmarks.subjects", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     plan = Plan(
@@ -118,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.write()
     interrupted = False
     try:
-        run_rows(rows, results, plan, probed=probed)
+        known = Source(options.commit, False) if options.commit else None
+        run_rows(rows, results, plan, probed=probed, find_source=lambda: known or source())
     except KeyboardInterrupt:
         interrupted = True
     document = results.document()

@@ -84,7 +84,7 @@ def _setting_of(row: Record) -> str:
     return (
         f"{machine['device']}, {machine['threads']} threads; Python {machine['python']}, {versions}; "
         f"{machine['bytes_per_second'] / 1e9:.1f} GB/s, {rates}; commit `{row['commit'][:12]}`"
-        f"{' with uncommitted changes' if row['dirty'] else ''}."
+        f"{' with uncommitted changes' if row['dirty'] else ''}; our ops run {row['implementation']} kernels."
     )
 
 

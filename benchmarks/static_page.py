@@ -51,7 +51,8 @@ def _traffic(section: Mapping[str, Any]) -> str:
 
 Bytes that all programs of an op ask for in bfloat16, re-reads included, by the number of tokens; in brackets over the
 floor, which has each needed input and each output once, rows once a token. Counted in Triton's interpreter on one or
-two tokens whose rows all differ, and in proportion to the tokens from there.
+two tokens whose rows all differ, and in proportion to the tokens from there; above 64 tokens with the kernels that an
+unknown number of tokens gets.
 
 {_table(["op", "size", *(f"T = {t}" for t in tokens)], rows)}"""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, report, run
-from benchmarks.harness import scheduler, worker
+from benchmarks.harness import clock, scheduler, worker
 from benchmarks.harness.contender import Contender
 from benchmarks.harness.goals import evaluate
 from benchmarks.harness.measure import QUICK, Budget, measure, summary
@@ -81,6 +82,9 @@ def test_contenders_take_turns():
     order = []
 
     class Clock:
+        def how(self, contender):
+            return ""
+
         def burst(self, contender, calls):
             order.append(contender.settings)
             return [2e5 if contender.settings == "slow" else 10.0] * calls
@@ -93,6 +97,71 @@ def test_contenders_take_turns():
     assert order[:10] == ["slow", "quick"] * 5
     assert len(samples["slow"]) == 5  # a second's worth
     assert 30 <= len(samples["quick"]) < 40  # bursts of 8 until there are enough
+
+
+class FakeCuda:
+    """Just enough of torch.cuda for a clock: a stream on which everything takes 2 ms."""
+
+    now_ms = 0.0
+    replays = 0
+
+    class _Event:
+        def __init__(self, enable_timing):
+            self.at_ms = None
+
+        def record(self):
+            FakeCuda.now_ms += 2.0
+            self.at_ms = FakeCuda.now_ms
+
+        def elapsed_time(self, end):
+            return end.at_ms - self.at_ms
+
+    class _CUDAGraph:
+        def replay(self):
+            FakeCuda.replays += 1
+
+    class _Stream:
+        def wait_stream(self, other):
+            pass
+
+    @classmethod
+    def install(cls, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "current_stream", cls._Stream)
+        for name in ("stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+        for name in ("Event", "CUDAGraph", "Stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(cls, f"_{name}"))
+
+
+def test_on_a_gpu_decode_shapes_are_timed_in_a_graph_on_fresh_inputs(monkeypatch):
+    FakeCuda.install(monkeypatch)
+    monkeypatch.setattr(clock, "FLUSH_BYTES", 8)
+    drawn, seen = iter(range(1000)), []
+    contender = Contender(
+        role="ours",
+        settings="",
+        draw=lambda: (torch.tensor([next(drawn)]), "what is no tensor"),
+        run=lambda x: seen.append(x[0]),
+        check=dict,
+    )
+    on_gpu = clock.GpuClock(torch.device("cpu"), graph=True)
+    assert on_gpu.burst(contender, 2) == [2000 / clock.GRAPH_CALLS] * 2
+    assert on_gpu.how(contender) == "events, in a CUDA graph"
+    assert FakeCuda.replays == 2
+    captured = seen[2:]  # after the warm-up
+    assert [int(x) for x in captured] == list(
+        range(32, 48)
+    )  # the third set of 16: replaced in place before each replay
+    assert clock.GpuClock(torch.device("cpu"), graph=False).burst(contender, 1) == [2000]
+
+    def refuses(_):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    stubborn = replace(contender, run=refuses)
+    with pytest.raises(RuntimeError):
+        on_gpu.burst(stubborn, 1)
+    assert on_gpu.how(stubborn) == "events, launched from Python (operation not permitted when stream is capturing)"
 
 
 def test_summary_of_one_sample_and_of_many():

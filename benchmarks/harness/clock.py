@@ -19,6 +19,9 @@ GRAPH_CALLS = 16  # in one CUDA graph, each with inputs of its own: what one lau
 class CpuClock:
     """Wall time of a call. Inputs are drawn before the burst, results dropped between calls."""
 
+    def how(self, contender: Contender) -> str:
+        return "wall time"
+
     def burst(self, contender: Contender, calls: int) -> list[float]:
         inputs = [contender.draw() for _ in range(calls)]
         times = []
@@ -38,18 +41,31 @@ class GpuClock:
     that of one of them. What a graph cannot hold is launched from Python.
     """
 
-    def __init__(self, *, graph: bool) -> None:
+    def __init__(self, device: torch.device, *, graph: bool) -> None:
         self.graph = graph
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-        self._graphs: dict[int, _CapturedCalls] = {}
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self._graphs: dict[int, _CapturedCalls | str] = {}
+
+    def how(self, contender: Contender) -> str:
+        captured = self._captured(contender)
+        return f"events, launched from Python{captured}" if isinstance(captured, str) else "events, in a CUDA graph"
 
     def burst(self, contender: Contender, calls: int) -> list[float]:
-        if not (self.graph and contender.graphable):
+        captured = self._captured(contender)
+        if isinstance(captured, str):
             return self._time(contender.draw, contender.run, calls)
-        if id(contender) not in self._graphs:
-            self._graphs[id(contender)] = _CapturedCalls(contender)
-        captured = self._graphs[id(contender)]
         return [us / GRAPH_CALLS for us in self._time(captured.refresh, captured.replay, calls)]
+
+    def _captured(self, contender: Contender) -> _CapturedCalls | str:
+        """The graph of a contender, or why there is none."""
+        if not (self.graph and contender.graphable):
+            return ""
+        if id(contender) not in self._graphs:
+            try:
+                self._graphs[id(contender)] = _CapturedCalls(contender)
+            except RuntimeError as error:
+                self._graphs[id(contender)] = f" ({str(error).splitlines()[0][:200]})"
+        return self._graphs[id(contender)]
 
     def _time(self, draw: Callable[[], Any], run: Callable[[Any], Any], calls: int) -> list[float]:
         events = []
@@ -99,4 +115,4 @@ def _tensors(inputs: Any) -> list[Tensor]:
 
 
 def clock_for(device: torch.device, *, graph: bool) -> Clock:
-    return GpuClock(graph=graph) if device.type == "cuda" else CpuClock()
+    return GpuClock(device, graph=graph) if device.type == "cuda" else CpuClock()

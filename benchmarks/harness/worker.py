@@ -24,9 +24,10 @@ from benchmarks.harness.clock import clock_for
 from benchmarks.harness.contender import Case, Contender, UnavailableError, WrongResultError
 from benchmarks.harness.goals import evaluate, floor_record
 from benchmarks.harness.launches import count_launches
-from benchmarks.harness.measure import FULL, QUICK, REHEARSAL, Budget, measure, summary
+from benchmarks.harness.measure import FULL, QUICK, REHEARSAL, Budget, Clock, measure, summary
 from benchmarks.harness.row import Row
 from ultramem.machine import Machine, gemm_flops_per_second, measure_machine
+from ultramem.ops.implementation import runs_native, runs_triton
 
 GPU = Budget(seconds=0.1, min_rounds=5, max_samples=60)
 GPU_ARRAY_BYTES = 2**32  # 80 times the L2 cache of an H100, and long beside the launch
@@ -69,8 +70,10 @@ def measure_row(row: Row, case: Case, device: torch.device, probed: dict[str, An
                 "peak_ratio": round(peak / case.resident_bytes, 4),
             }
     else:
-        for name, samples_us in measure(ready, clock_for(device, graph=row.graph), budget).items():
-            records[name] |= {"status": "measured"} | summary(samples_us)
+        clock = clock_for(device, graph=row.graph)
+        ready = {name: each for name, each in ready.items() if _runs_once(each, clock, records[name])}
+        for name, samples_us in measure(ready, clock, budget).items():
+            records[name] |= {"status": "measured", "timed": clock.how(ready[name])} | summary(samples_us)
         _count_launches(ready, records, device)
     contenders = list(records.values())
     floor = None
@@ -79,11 +82,18 @@ def measure_row(row: Row, case: Case, device: torch.device, probed: dict[str, An
         floor = floor_record(case.floor, bytes_per_second=probed["bytes_per_second"], flops_per_second=rate)
     return {
         "status": "measured",
+        "implementation": implementation(device),
         "shape": dict(case.shape),
         "contenders": contenders,
         "floor": floor,
         "goals": [evaluate(goal, contenders, floor, probed) for goal in row.goals],
     }
+
+
+def implementation(device: torch.device) -> str:
+    """Which kernels our ops run on `device`."""
+    tensor = torch.empty(0, device=device)
+    return "triton" if runs_triton(tensor) else "native" if runs_native(tensor) else "aten"
 
 
 def _make(name: str, make: Any) -> tuple[dict[str, Any], Contender | None]:
@@ -99,9 +109,23 @@ def _make(name: str, make: Any) -> tuple[dict[str, Any], Contender | None]:
     except UnavailableError as error:
         return record | {"status": "unavailable", "reason": str(error)}, None
     except Exception as error:  # whatever a contender raises costs that contender alone
-        traceback.print_exc()
-        return record | {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}, None
+        return record | _failure(error), None
     return record, contender
+
+
+def _runs_once(contender: Contender, clock: Clock, record: dict[str, Any]) -> bool:
+    """Does the clock take it? If not, the record says why."""
+    try:
+        clock.burst(contender, 1)
+    except Exception as error:  # see above
+        record |= _failure(error)
+        return False
+    return True
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    traceback.print_exc()
+    return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
 
 
 def _count_launches(ready: dict[str, Contender], records: dict[str, dict[str, Any]], device: torch.device) -> None:

@@ -28,7 +28,7 @@ GPU_SHARE = Goal(text=">= 70 % of measured peak bandwidth", quantity="bandwidth_
 
 def rows(suite: Suite) -> list[Row]:
     if suite == "cpu":
-        shapes = [("151m", t, "uniform") for t in (16, 1024, 16384)] + [
+        shapes = [("151m", t, "uniform") for t in (16, 1024, 4096)] + [
             ("151m", 1024, "zipf"),
             ("1.6b", 1024, "uniform"),
         ]

@@ -58,7 +58,7 @@ def rows(suite: Suite) -> list[Row]:
             size=SIZE,
             tokens=tokens[0],
             dtype="float32",
-            limit_s=120,
+            limit_s=240 if on_cpu else 90,
             goals=(MEMORY,) if tables != "adamw" else (),
             priority=9,
         )

@@ -61,9 +61,9 @@ def _product_topk_aten(row_scores_THN: Tensor, col_scores_THN: Tensor, k: int) -
 @opaque_op("ultramem::product_topk_backward")
 def _product_topk_backward(grad_scores_THK: Tensor, addresses_THK: Tensor, n: int) -> tuple[Tensor, Tensor]:
     if runs_triton(grad_scores_THK):
-        from ultramem.ops.triton import select
+        from ultramem.ops.triton import select_backward
 
-        return select.product_topk_backward(grad_scores_THK, addresses_THK, n)
+        return select_backward.product_topk_backward(grad_scores_THK, addresses_THK, n)
     if runs_native(grad_scores_THK):
         grads: tuple[Tensor, Tensor] = torch.ops.ultramem_native.product_topk_backward(
             grad_scores_THK, addresses_THK, n

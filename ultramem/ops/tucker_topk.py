@@ -170,9 +170,9 @@ def _tucker_topk_backward(
     addresses_THK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if runs_triton(row_scores_THRN):
-        from ultramem.ops.triton import select
+        from ultramem.ops.triton import select_backward
 
-        return select.tucker_topk_backward(
+        return select_backward.tucker_topk_backward(
             grad_scores_THKC, row_scores_THRN, col_scores_THRN, cores_HCRR, addresses_THK
         )
     if runs_native(row_scores_THRN):

@@ -42,6 +42,9 @@ _FLAGS = (
 )
 
 
+_LINES_OF_COMPILER = 12  # of what it said: templates fill pages after the first error
+
+
 class BuildError(RuntimeError):
     """What is missing for a build, or what the compiler said."""
 
@@ -94,7 +97,8 @@ def build(folder: Path = FOLDER) -> list[Path]:
         try:
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode:
-                raise BuildError(f"{' '.join(command)} failed:\n{result.stderr.strip()}")
+                said = "\n".join(result.stderr.strip().splitlines()[:_LINES_OF_COMPILER])
+                raise BuildError(f"{' '.join(command)} failed:\n{said}")
             written.replace(target)
         finally:
             written.unlink(missing_ok=True)

@@ -27,8 +27,8 @@ Tensor lookup_reduce_op(const Tensor& values, const Tensor& indices, const Tenso
   for_elements(values, scores, [&](auto value, auto score) {
     using Value = decltype(value);
     using Score = decltype(score);
-    lookup_reduce(size, read<Value>(values), read<std::int64_t>(indices), read<Score>(scores), write<Value>(out),
-                  TorchThreads{});
+    lookup_reduce(size, FloatRows<Value>{read<Value>(values), size.d}, read<std::int64_t>(indices),
+                  read<Score>(scores), write<Value>(out), TorchThreads{});
   });
   return out;
 }

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 #include "simd.h"
 
@@ -26,46 +28,62 @@ struct Range {
   std::int64_t begin, end;
 };
 
-// Rows that are on their way while one is added up: enough lines in flight to cover the latency of memory, few enough
-// that they are still in the first-level cache when their turn comes.
-constexpr std::int64_t kMaxAhead = 16;
-ULTRAMEM_INLINE std::int64_t rows_ahead(std::int64_t row_bytes) {
-  return std::clamp<std::int64_t>(8192 / std::max<std::int64_t>(row_bytes, 1), 2, kMaxAhead);
+// A row is read in parts of this many bytes, one pass over a token's slots for each part, and the parts of this many
+// slots ahead are on their way. Processors fetch lines beyond those that are asked for: here they belong to the next
+// part instead of to nobody. A part is also what fits in registers while the rows of a block are added up.
+constexpr std::int64_t kPartBytes = 256;
+constexpr std::int64_t kSlotsAhead = 16;
+
+// The columns [begin, end) of one core, at most Rows::kPartColumns.
+struct Part {
+  std::int64_t core, begin, end;
+};
+
+template <class Rows>
+std::vector<Part> parts_of(const LookupSizes& size, Range columns) {
+  const std::int64_t core_columns = size.d / size.c;
+  std::vector<Part> parts;
+  for (std::int64_t begin = columns.begin; begin < columns.end; begin = parts.back().end) {
+    const std::int64_t core = begin / core_columns;
+    parts.push_back({core, begin, std::min({columns.end, (core + 1) * core_columns, begin + Rows::kPartColumns})});
+  }
+  return parts;
 }
 
-// Tokens x column parts, so that a single token keeps every thread busy too. A part is made of whole cache lines, so
-// that a column is always computed alike.
-struct TokenGrid {
-  std::int64_t tokens, parts, columns, columns_a_part;
-
-  TokenGrid(std::int64_t t, std::int64_t d, std::int64_t element_bytes, int threads) : tokens(t), columns(d) {
-    const std::int64_t line = kLineBytes / element_bytes;
-    const std::int64_t lines = std::max<std::int64_t>((d + line - 1) / line, 1);
-    parts = 1;
-    if (t > 0 && t < 8 * threads) {
-      while (t * parts % threads != 0) ++parts;
-      parts = std::min(parts, lines);
+// Tokens x column ranges, so that a single token keeps every thread busy too. A range is made of whole cache lines of
+// a row, so that a column is computed alike however the work is cut.
+class TokenGrid {
+ public:
+  template <class Rows>
+  TokenGrid(std::int64_t tokens, std::int64_t columns, const Rows& rows, int threads) : tokens_(tokens), columns_(columns) {
+    const std::int64_t line = kLineBytes * Rows::kPartColumns / kPartBytes;
+    const std::int64_t lines = std::max<std::int64_t>((columns + line - 1) / line, 1);
+    std::int64_t ranges = 1;
+    if (tokens > 0 && tokens < 8 * threads) {
+      while (tokens * ranges % threads != 0) ++ranges;
+      ranges = std::min(ranges, lines);
     }
-    columns_a_part = (lines + parts - 1) / parts * line;
-    parts = std::max<std::int64_t>((d + columns_a_part - 1) / columns_a_part, 1);
+    columns_a_range_ = (lines + ranges - 1) / ranges * line;
+    ranges_ = std::max<std::int64_t>((columns + columns_a_range_ - 1) / columns_a_range_, 1);
   }
 
-  // f(tokens, columns) for each part of the work.
+  // f(tokens, columns) for each piece of the work.
   template <class Parallel, class F>
   void run(const Parallel& parallel, std::int64_t bytes_a_token, const F& f) const {
-    constexpr std::int64_t kBytesWorthAThread = 16384;  // waking one costs about as long as reading these
-    const std::int64_t grain = std::max<std::int64_t>(kBytesWorthAThread * parts / std::max<std::int64_t>(bytes_a_token, 1), 1);
-    parallel(tokens * parts, grain, [&](std::int64_t begin, std::int64_t end) {
-      // Part by part, and within a part token by token.
+    constexpr std::int64_t kBytesWorthAThread = 16384;  // waking one takes about as long as reading these
+    const std::int64_t bytes = std::max<std::int64_t>(bytes_a_token / ranges_, 1);
+    parallel(tokens_ * ranges_, std::max<std::int64_t>(kBytesWorthAThread / bytes, 1), [&](std::int64_t begin, std::int64_t end) {
       while (begin < end) {
-        const std::int64_t part = begin / tokens;
-        const std::int64_t stop = std::min(end, (part + 1) * tokens);
-        const std::int64_t first = part * columns_a_part;
-        f(Range{begin - part * tokens, stop - part * tokens}, Range{first, std::min(columns, first + columns_a_part)});
+        const std::int64_t range = begin / tokens_, first = range * columns_a_range_;
+        const std::int64_t stop = std::min(end, (range + 1) * tokens_);
+        f(Range{begin - range * tokens_, stop - range * tokens_}, Range{first, std::min(columns_, first + columns_a_range_)});
         begin = stop;
       }
     });
   }
+
+ private:
+  std::int64_t tokens_, columns_, ranges_, columns_a_range_;
 };
 
 }  // namespace ultramem

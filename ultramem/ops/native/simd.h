@@ -162,8 +162,9 @@ ULTRAMEM_INLINE Vector<Acc> broadcast(Acc value) {
 
 // Bring the cache lines of [from, from + bytes) nearer.
 ULTRAMEM_INLINE void prefetch(const void* from, std::int64_t bytes) {
-  const char* line = static_cast<const char*>(from);
-  for (std::int64_t offset = 0; offset < bytes; offset += kLineBytes) __builtin_prefetch(line + offset, 0, 3);
+  const char* first = static_cast<const char*>(from);
+  for (std::int64_t offset = 0; offset < bytes; offset += kLineBytes) __builtin_prefetch(first + offset, 0, 3);
+  __builtin_prefetch(first + bytes - 1, 0, 3);  // of rows that do not begin with a line
 }
 
 }  // namespace ultramem

@@ -129,11 +129,12 @@ class RowRounding {
   std::uint32_t row_ = 0;
 };
 
-// f(i, row) for each touched row, with the rows that follow on their way: `fetch(row)`.
+// f(i, row) for each touched row, with the rows that follow on their way: `fetch(row)`. As many as hide the latency of
+// memory and are still in the first-level cache when their turn comes.
 template <class Parallel, class Fetch, class F>
 void over_rows(const std::int64_t* rows, std::int64_t count, std::int64_t bytes_a_row, const Parallel& parallel,
                const Fetch& fetch, const F& f) {
-  const std::int64_t ahead = rows_ahead(bytes_a_row);
+  const std::int64_t ahead = std::clamp<std::int64_t>(8192 / std::max<std::int64_t>(bytes_a_row, 1), 2, 16);
   const std::int64_t grain = std::max<std::int64_t>(16384 / std::max<std::int64_t>(bytes_a_row, 1), 1);
   parallel(count, grain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < std::min(begin + ahead, end); ++i) fetch(rows[i]);

@@ -1,10 +1,18 @@
-"""Kernels of product_topk and tucker_topk: two launches forward, one backward.
+"""Kernel of product_topk and tucker_topk: candidates of both sides, their rescoring and the final top-k in one launch.
 
-Shapes: T tokens, H heads, P = T*H pairs, R ranks, N the side of the grid, C cores, K kept slots, S rows (and columns)
-a tail, 1 tail a side or, for two-tailed candidates, 2.
+Shapes: P = T*H pairs of token and head, R ranks, N the side of the grid, C cores, K kept slots, S rows (and columns) a
+tail, L lists to select from, G groups of a list.
 
-Selection finds the k-th largest key by bit search (32 counts) instead of sorting: a few instructions a key, and keys
-stay where they were loaded. Kept slots come out best first, equal scores by the lower address, as in the aten path.
+Rows, columns and cells are selected alike, in rounds that look at all keys of a list, G groups of them side by side:
+
+0. The maximum of each group. The K-th largest maximum is a floor that K keys reach, and of keys in no particular order
+   hardly more do (51 on average for K = 42 of N = 3584, 44 for the cells).
+1. Which keys reach the floor. They go through scratch memory, where each counts the better ones: its rank.
+2. to 66., where more do than the shortlist holds (many equal keys, or all large keys in one place): the exact threshold
+   by bits, of keys and then of addresses.
+
+Scores are read again in each round, from L1 after the first: keys that stay in registers would leave room for a quarter
+of the programs.
 
 What decides where a kernel stores is loaded in its own body, not in a helper: else torch.compile takes the arguments of
 that helper for outputs of the kernel and copies them before each launch.
@@ -12,6 +20,7 @@ that helper for outputs of the kernel and copies them before each launch.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,107 +29,162 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from ultramem.ops.triton import select_two_launches as two_launches
 from ultramem.ops.triton._launch import next_power_of_2, refuse_float64
-from ultramem.ops.tucker_topk import tail_length
+from ultramem.ops.triton._order import ordered_key, packed_address, packed_key
+from ultramem.ops.triton.select_two_launches import num_tails, tail_size
 
-# Keys a thread holds in the side kernel: 16 registers beside about 40 of the search; more warps than that only wait at
-# the barriers of the 32 counts. N = 2200..3584 pads to 4096 keys, so 8 warps.
-SIDE_KEYS_PER_THREAD = 16
-SIDE_MAX_WARPS = 16
-# Cells a thread holds in the grid kernel. A cell costs a key, an address and its offsets: 8 cells take about 60
-# registers for k = 42 (1764 cells, padded to 2048).
-CELLS_PER_THREAD = 8
-GRID_MAX_WARPS = 8
-# The largest tensor of Triton has 2^20 elements, and selection holds the k * k candidates in one.
-MAX_K = 1024
-# Floats that a program of the backward clears at once: 16 bytes a lane for bf16 and 4 warps.
-CLEAR = 1024
-BACKWARD_WARPS = 4
-
-
-@triton.jit
-def _key(x):
-    """float32 as uint32 of the same order; -0.0 and 0.0 are equal."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
+# One launch serves what fits: a group is one thread's, and a bit of 64 marks each of its keys.
+MAX_K = 64
+MAX_N = 8192
+LOAD_BYTES = 16
+MIN_GROUPS = 64
+# Loads of a round that are in flight together, each of R * 16 bytes a lane.
+UNROLL = 8
+# Cells are dealt out in blocks that have one cell for each group: rows (of blocks) below.
+BLOCK_COLUMNS = {64: 8, 128: 16}
+# Shifts between blocks. Good cells lie along the first rows and columns, K / i of them in the i-th best row, so equal
+# places in neighbouring blocks would fall into one group. Of the shifts up to 7 these let the fewest cells through.
+ROW_SHIFT, COLUMN_SHIFT = 3, 7
+# The shortlist holds this many times the keys that are expected to reach the floor: 3 to 6 standard deviations more.
+SHORTLIST_ROOM = 1.2
+MIN_SLOTS = 32
+# Maxima span about 2^24 ordered integers, a few octaves of floats: 12 bits tell them apart to a thousandth.
+FLOOR_BITS = 12
 
 
 @triton.jit
-def _threshold(key, m):
-    """The m-th largest key: the largest value that at least m keys reach."""
-    threshold = tl.zeros([], tl.uint32)
-    one = tl.full([], 1, tl.uint32)
-    for bit in range(32):
-        candidate = threshold | (one << (31 - bit))
-        threshold = tl.where(tl.sum((key >= candidate).to(tl.int32)) >= m, candidate, threshold)
-    return threshold
+def _floor(best, M: tl.constexpr, BITS: tl.constexpr):
+    """[L]: what at least M of each list's maxima [L,G] reach: the M-th largest, rounded down.
+
+    To one of 2^BITS steps between the lowest and the highest of them; groups without a key, of maximum 0, do not
+    count, and less than M with one give too high a floor. Two bits a time: three counts of at most 256 in one word.
+    """
+    lowest = tl.min(tl.where(best == 0, 0xFFFFFFFF, best), 1)
+    above = tl.maximum(best, lowest[:, None]) - lowest[:, None]
+    length = (tl.max(above, 1).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
+    shift = tl.maximum(length - BITS, 0).to(tl.uint32)
+    above = (above >> shift[:, None]).to(tl.int32)
+    steps = tl.zeros_like(length)
+    for bit in range(0, BITS, 2):
+        unit = (1 << (BITS - 2)) >> bit
+        reach = (above >= (steps + unit)[:, None]).to(tl.int32)
+        reach += (above >= (steps + 2 * unit)[:, None]).to(tl.int32) << 10
+        reach += (above >= (steps + 3 * unit)[:, None]).to(tl.int32) << 20
+        count = tl.sum(reach, 1)
+        enough = ((count & 1023) >= M).to(tl.int32) + ((count >> 10 & 1023) >= M).to(tl.int32)
+        steps += unit * (enough + (count >> 20 >= M).to(tl.int32))
+    return lowest + (steps.to(tl.uint32) << shift)
 
 
 @triton.jit
-def _keep(key, address, m):
-    """True for the m largest keys; of equal keys, for the lower uint32 addresses."""
-    threshold = _threshold(key, m)
-    above = key > threshold
-    equal = key == threshold
-    spare = m - tl.sum(above.to(tl.int32))
-    if tl.sum(equal.to(tl.int32)) > spare:
-        priority = ~address
-        equal = equal & (priority >= _threshold(tl.where(equal, priority, 0), spare))
-    return above | equal
+def _candidate(limit, round):
+    """[L]: the packed key that a round tries: the limit, and in the search for the threshold one bit more."""
+    bit = tl.minimum(tl.maximum(65 - round, 0), 63).to(tl.uint64)
+    unit = tl.full([], 1, tl.uint64) << bit
+    return limit | tl.where((round >= 2) & (round <= 65), unit, 0)
 
 
 @triton.jit
-def side_topk_kernel(
+def _reaches(key, candidate, address, base):
+    """key >= candidate of packed keys, for addresses base + address, of which the latter costs no register."""
+    least = (candidate >> 32).to(tl.uint32)
+    last = tl.minimum((~candidate & 0xFFFFFFFF).to(tl.int64), 1 << 30).to(tl.int32) - base
+    return (key > least) | ((key == least) & (address <= last))
+
+
+@triton.jit
+def _next_round(round, limit, candidate, best, marks, M: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr):
+    """The next round and its limit [L], from the maxima [L,G] and the marks of the keys that reach the candidate."""
+    count = tl.sum(_num_marks(marks), 1)
+    if round == 0:
+        limit = _floor(best, M, BITS).to(tl.uint64) << 32
+    elif round == 1:
+        limit = tl.zeros_like(limit)
+    else:
+        limit = tl.where(count >= M, candidate, limit)
+    fits = (round == 1) & (tl.max(count) <= SLOTS) & (tl.min(count) >= M)
+    return tl.where(fits, 67, round + 1), limit
+
+
+@triton.jit
+def _num_marks(marks):
+    """Bits that are set: what the compiler knows as a population count."""
+    if marks.dtype == tl.uint64:
+        return _num_marks(marks.to(tl.uint32)) + _num_marks((marks >> 32).to(tl.uint32))
+    pairs = marks - ((marks >> 1) & 0x55555555)
+    nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    octets = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
+    return ((octets * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _lowest_mark(marks):
+    """Number of the lowest bit, and the bits without it."""
+    without = marks & (marks - 1)
+    return ((marks ^ without).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127, without
+
+
+@triton.jit
+def _rank(packed):
+    """How many of a list of [L,SLOTS] are better, each."""
+    return tl.sum((packed[:, :, None] > packed[:, None, :]).to(tl.int32), 1)
+
+
+@triton.jit
+def _cell(
+    turn,
+    half,
+    group,
+    S: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ROW_SHIFT: tl.constexpr,
+    COLUMN_SHIFT: tl.constexpr,
+):
+    """Tail, row and column, both by rank, of a group's cell in a turn; some are past the S rows or columns.
+
+    The two halves of a turn are blocks one below the other.
+    """
+    BLOCK_ROWS: tl.constexpr = GROUPS // BLOCK_COLUMNS
+    PAIRS: tl.constexpr = (S + 2 * BLOCK_ROWS - 1) // (2 * BLOCK_ROWS)
+    RIGHT: tl.constexpr = (S + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    right = turn % RIGHT
+    pair = turn // RIGHT % PAIRS
+    i = half * BLOCK_ROWS + (group // BLOCK_COLUMNS + ROW_SHIFT * right) % BLOCK_ROWS + pair * (2 * BLOCK_ROWS)
+    j = (group % BLOCK_COLUMNS + COLUMN_SHIFT * half + 2 * COLUMN_SHIFT * pair) % BLOCK_COLUMNS + right * BLOCK_COLUMNS
+    return turn // (RIGHT * PAIRS), i, j
+
+
+@triton.jit
+def _cell_score(row_at, col_at, mask, S: tl.constexpr, R: tl.constexpr, ADDITIVE: tl.constexpr):
+    """Scores of cells by the summed core, from what was kept of their rows and columns."""
+    score = tl.load(row_at, mask=mask, other=0.0)
+    if ADDITIVE:
+        score += tl.load(col_at, mask=mask, other=0.0)
+    else:
+        score *= tl.load(col_at, mask=mask, other=0.0)
+        for r in tl.static_range(1, R):
+            of_row = tl.load(row_at + r * S, mask=mask, other=0.0)
+            score = tl.fma(of_row, tl.load(col_at + r * S, mask=mask, other=0.0), score)
+    return score
+
+
+@triton.jit
+def _position(at, mask, S: tl.constexpr, R: tl.constexpr):
+    """Positions of kept rows or columns, which lie behind their scores."""
+    return tl.load(at + R * S, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def topk_kernel(
     row,
     col,
     u,
     t,
-    positions,
-    H,
-    N: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    TAILS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """positions[p, side, tail] = the S largest (tail 1: smallest) of a side's scores, as ascending positions.
-
-    A program serves one tail of one side of one pair: sides and tails run beside each other, not in turn.
-    Bytes: R * N * itemsize read, 4 S written. Registers: 54 to 64, 16 of them keys.
-    """
-    pair = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    head = tl.program_id(0) % H
-    i = tl.arange(0, WIDTH)
-    x = tl.zeros([WIDTH], tl.float32)
-    for r in tl.static_range(R):
-        at = (pair * R + r) * N + i
-        if part < TAILS:
-            score = tl.load(row + at, mask=i < N, other=0.0).to(tl.float32)
-        else:
-            score = tl.load(col + at, mask=i < N, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            if part < TAILS:
-                score *= tl.load(u + head * R + r).to(tl.float32)
-            else:
-                score *= tl.load(t + head * R + r).to(tl.float32)
-        x += score
-    if part % TAILS == 1:
-        x = -x
-    key = tl.where(i < N, _key(x), 0)
-    keep = _keep(key, i.to(tl.uint32), S) & (i < N)
-    slot = tl.cumsum(keep.to(tl.int32), 0) - 1
-    tl.store(positions + (pair * (2 * TAILS) + part) * S + slot, i, mask=keep)
-
-
-@triton.jit
-def grid_topk_kernel(
-    row,
-    col,
     cores,
-    positions,
     found,
+    chosen,
     scores,
     addresses,
     H,
@@ -132,209 +196,206 @@ def grid_topk_kernel(
     TAILS: tl.constexpr,
     ADDITIVE: tl.constexpr,
     OVERLAP: tl.constexpr,
-    CELLS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    UNROLL: tl.constexpr,
     SLOTS: tl.constexpr,
+    FLOOR_BITS: tl.constexpr,
+    TURNS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ROW_SHIFT: tl.constexpr,
+    COLUMN_SHIFT: tl.constexpr,
 ):
-    """The K best of a pair's TAILS * S * S candidate cells: kept by bit search, compacted through `found`, ranked.
+    """The K best cells of a pair, best first: S rows and columns of each tail, their cells rescored.
 
-    `found` [P,K] int64 holds (key, complement of the address), so that one comparison orders score and address.
-    Bytes: the candidates' scores (2 R S TAILS elements, from L2), 8 K of found each way, K (8 + C * itemsize) written.
-    Registers: 36 to 60 at the paper's k = 16, 35, 42; 117 at 64, 250 at 100; a k of 128 spills: right, but slow.
+    Scratch of a pair: `found` [L+1,SLOTS] int64, the shortlists; `chosen` [L,R+1,S] float32, of the chosen rows and
+    columns, best first, the scores (those of rows times the summed core) and, as bits, the positions. Here L is
+    2 * TAILS, and list = tail * 2 + side.
+    Bytes: 2 R N * itemsize read once, K (8 + C * itemsize) written; scratch comes from L1 and L2.
     """
+    LISTS: tl.constexpr = 2 * TAILS
     pair = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(0) % H
     row += pair * (R * N)
     col += pair * (R * N)
-    cores += (tl.program_id(0) % H) * (C * R * R)
-    positions += pair * (2 * TAILS * S)
-    found += pair * K
-    f = tl.arange(0, CELLS)
-    valid = f < TAILS * S * S
-    tail = f // (S * S)
-    cell = f % (S * S)
-    i = tl.load(positions + tail * S + cell // S, mask=valid, other=0)
-    j = tl.load(positions + (TAILS + tail) * S + cell % S, mask=valid, other=0)
-    if OVERLAP:  # a cell of both tails counts once
-        row_twice = f < 0
-        col_twice = f < 0
-        for s in range(S):
-            row_twice = row_twice | (i == tl.load(positions + s))
-            col_twice = col_twice | (j == tl.load(positions + TAILS * S + s))
-        valid = valid & ((tail == 0) | ~(row_twice & col_twice))
-    if ADDITIVE:
-        score = tl.load(row + i, mask=valid, other=0.0).to(tl.float32)
-        score += tl.load(col + j, mask=valid, other=0.0).to(tl.float32)
-    else:
-        score = tl.zeros([CELLS], tl.float32)
-        for r in tl.static_range(R):
-            x = tl.load(row + r * N + i, mask=valid, other=0.0).to(tl.float32)
-            for s in tl.static_range(R):
+    u += head * R
+    t += head * R
+    cores += head * (C * R * R)
+    found += pair * ((LISTS + 1) * SLOTS)
+    chosen += pair * (LISTS * (R + 1) * S)
+    a = tl.arange(0, SLOTS)[None, :]
+    area = tl.arange(0, LISTS)[:, None] * SLOTS
+    tl.store(found + area + a, tl.zeros([LISTS, SLOTS], tl.int64))
+    tl.store(found + LISTS * SLOTS + a, tl.zeros([1, SLOTS], tl.int64))
+    tl.debug_barrier()  # the scratch is empty
+
+    # Both sides at once, [2, GROUPS, VECTOR] scores a chunk, VECTOR of them side by side in memory.
+    side = tl.arange(0, 2)[:, None]
+    group = tl.arange(0, GROUPS)[None, :]
+    scores_at = tl.where(side == 0, row, col)
+    weights_at = tl.where(side == 0, u, t)
+    lane = tl.arange(0, VECTOR)[None, None, :]
+    MARKS: tl.constexpr = tl.uint32 if CHUNKS * VECTOR <= 32 else tl.uint64
+    for tail in range(TAILS):
+        flip = tl.where(tail == 1, 0xFFFFFFFF, 0).to(tl.uint32)  # the smallest are the largest of the complement
+        limit = tl.zeros([2], tl.uint64)
+        marks = tl.zeros([2, GROUPS], MARKS)
+        round = 0
+        while round < 67:
+            candidate = _candidate(limit, round)
+            best = tl.zeros([2, GROUPS], tl.uint32)
+            marks = tl.zeros([2, GROUPS], MARKS)
+            for first in range(0, CHUNKS, UNROLL):
+                for more in tl.static_range(UNROLL):
+                    chunk = first + more
+                    place = chunk * (GROUPS * VECTOR) + lane
+                    i = (group * VECTOR)[:, :, None] + place + side[:, :, None] * 0
+                    x = tl.zeros([2, GROUPS, VECTOR], tl.float32)
+                    for r in tl.static_range(R):
+                        at = scores_at[:, :, None] + (r * N + i)
+                        if N % VECTOR == 0:
+                            at = tl.max_contiguous(tl.multiple_of(at, [1, 1, 16]), [1, 1, VECTOR])
+                        score = tl.load(at, mask=i < N, other=0.0).to(tl.float32)
+                        if ADDITIVE:
+                            x += score
+                        else:
+                            x = tl.fma(score, tl.load(weights_at + r)[:, :, None].to(tl.float32), x)
+                    # NaN has the largest key, of which the complement is 0, as no key may be.
+                    key = tl.where(i < N, tl.maximum(ordered_key(x) ^ flip, 1), 0)
+                    best = tl.maximum(best, tl.max(key, 2))
+                    reached = _reaches(key, candidate[:, None, None], place, (group * VECTOR)[:, :, None])
+                    bit = tl.full([], 1, MARKS) << (chunk * VECTOR + lane).to(MARKS)
+                    marks += tl.sum(tl.where(reached, bit, 0), 2)
+            round, limit = _next_round(round, limit, candidate, best, marks, S, SLOTS, FLOOR_BITS)
+        count = _num_marks(marks)
+        to = found + (tail * 2 + side) * SLOTS + tl.cumsum(count, 1) - count
+        for e in range(tl.max(count)):
+            mark, marks = _lowest_mark(marks)
+            listed = ((mark // VECTOR) * GROUPS + group) * VECTOR + mark % VECTOR
+            some = e < count
+            y = tl.zeros([2, GROUPS], tl.float32)
+            for r in tl.static_range(R):
+                listed_score = tl.load(scores_at + (r * N + listed), mask=some, other=0.0).to(tl.float32)
+                if ADDITIVE:
+                    y += listed_score
+                else:
+                    y = tl.fma(listed_score, tl.load(weights_at + r).to(tl.float32), y)
+            tl.store(to + e, packed_key(ordered_key(y) ^ flip, listed.to(tl.uint32)), mask=some)
+    tl.debug_barrier()  # slots were written by other threads
+
+    mine = tl.load(found + area + a).to(tl.uint64)
+    rank = _rank(mine)
+    at_kept = packed_address(mine)
+    is_row = (area // SLOTS) % 2 == 0
+    chosen_at = chosen + (area // SLOTS) * ((R + 1) * S) + rank
+    tl.store(chosen_at + R * S, at_kept.to(tl.int32).to(tl.float32, bitcast=True), mask=rank < S)
+    for s in tl.static_range(R):
+        value = tl.load(tl.where(is_row, row, col) + (s * N + at_kept), mask=rank < S, other=0.0).to(tl.float32)
+        if not ADDITIVE:
+            left = tl.zeros([LISTS, SLOTS], tl.float32)
+            for r in tl.static_range(R):
                 weight = tl.load(cores + r * R + s).to(tl.float32)
                 for c in tl.static_range(1, C):
                     weight += tl.load(cores + (c * R + r) * R + s).to(tl.float32)
-                score += weight * x * tl.load(col + s * N + j, mask=valid, other=0.0).to(tl.float32)
-    key = tl.where(valid, _key(score), 0)
-    address = (i.to(tl.int64) * N + j).to(tl.uint32)
-    keep = _keep(key, address, K) & valid
-    slot = tl.cumsum(keep.to(tl.int32), 0) - 1
-    packed = ((key.to(tl.int64) - 2147483648) << 32) | (~address).to(tl.int64)
-    tl.store(found + slot, packed, mask=keep)
-    tl.debug_barrier()  # slots were written by other threads
+                left += weight * tl.load(row + (r * N + at_kept), mask=(rank < S) & is_row, other=0.0).to(tl.float32)
+            value = tl.where(is_row, left, value)
+        tl.store(chosen_at + s * S, value, mask=rank < S)
+    tl.debug_barrier()
 
-    a = tl.arange(0, SLOTS)
-    lowest: tl.constexpr = -9223372036854775808
-    mine = tl.load(found + a, mask=a < K, other=lowest)
-    better = mine[None, :] > mine[:, None]
-    rank = tl.sum(better.to(tl.int32), axis=1)
-    kept = ~mine & 0xFFFFFFFF
-    i_kept = kept // N
-    j_kept = kept % N
+    # Cells, those of two blocks a turn: [1, 2 * GROUPS].
+    CELL_MARKS: tl.constexpr = tl.uint32 if TURNS <= 32 else tl.uint64
+    half = tl.arange(0, 2 * GROUPS)[None, :] // GROUPS
+    group = tl.arange(0, 2 * GROUPS)[None, :] % GROUPS
+    limit = tl.zeros([1], tl.uint64)
+    marks = tl.zeros([1, 2 * GROUPS], CELL_MARKS)
+    round = 0
+    while round < 67:
+        candidate = _candidate(limit, round)
+        best = tl.zeros([1, 2 * GROUPS], tl.uint32)
+        marks = tl.zeros([1, 2 * GROUPS], CELL_MARKS)
+        for turn in tl.static_range(TURNS):
+            of_tail, down, right = _cell(turn, half, group, S, GROUPS, BLOCK_COLUMNS, ROW_SHIFT, COLUMN_SHIFT)
+            valid = (down < S) & (right < S)
+            row_at = chosen + of_tail * (2 * (R + 1) * S) + down
+            col_at = chosen + (of_tail * 2 + 1) * ((R + 1) * S) + right
+            if OVERLAP:  # a cell of both tails counts once
+                row_twice = down < 0
+                col_twice = right < 0
+                for s in range(S):
+                    high_row = tl.load(chosen + R * S + s).to(tl.int32, bitcast=True)
+                    high_col = tl.load(chosen + (2 * R + 1) * S + s).to(tl.int32, bitcast=True)
+                    row_twice = row_twice | (_position(row_at, valid, S, R) == high_row)
+                    col_twice = col_twice | (_position(col_at, valid, S, R) == high_col)
+                valid = valid & ((of_tail == 0) | ~(row_twice & col_twice))
+            cell_score = _cell_score(row_at, col_at, valid, S, R, ADDITIVE)
+            cell_key = tl.where(valid, ordered_key(cell_score), 0)
+            best = tl.maximum(best, cell_key)
+            tied = valid & (down * 0 + round >= 2)  # addresses matter
+            place = _position(row_at, tied, S, R) * N + _position(col_at, tied, S, R)
+            reached = packed_key(cell_key, place.to(tl.uint32)) >= candidate[:, None]
+            marks += tl.where(reached, tl.full([], 1, CELL_MARKS) << turn, 0)
+        round, limit = _next_round(round, limit, candidate, best, marks, K, SLOTS, FLOOR_BITS)
+    count = _num_marks(marks)
+    to = found + LISTS * SLOTS + tl.cumsum(count, 1) - count
+    for e in range(tl.max(count)):
+        mark, marks = _lowest_mark(marks)
+        of_tail, down, right = _cell(mark, half, group, S, GROUPS, BLOCK_COLUMNS, ROW_SHIFT, COLUMN_SHIFT)
+        some = e < count
+        row_at = chosen + of_tail * (2 * (R + 1) * S) + down
+        col_at = chosen + (of_tail * 2 + 1) * ((R + 1) * S) + right
+        cell_score = _cell_score(row_at, col_at, some, S, R, ADDITIVE)
+        place = _position(row_at, some, S, R) * N + _position(col_at, some, S, R)
+        tl.store(to + e, packed_key(ordered_key(cell_score), place.to(tl.uint32)), mask=some)
+    tl.debug_barrier()
+
+    mine = tl.load(found + LISTS * SLOTS + a).to(tl.uint64)
+    rank = _rank(mine)
+    kept = packed_address(mine)
     out = pair * K + rank
-    tl.store(addresses + out, kept, mask=a < K)
+    tl.store(addresses + out, kept, mask=rank < K)
     for c in tl.static_range(C):
-        if ADDITIVE:
-            kept_score = tl.load(row + i_kept, mask=a < K, other=0.0).to(tl.float32)
-            kept_score += tl.load(col + j_kept, mask=a < K, other=0.0).to(tl.float32)
-        else:
-            kept_score = tl.zeros([SLOTS], tl.float32)
-            for r in tl.static_range(R):
-                x = tl.load(row + r * N + i_kept, mask=a < K, other=0.0).to(tl.float32)
-                for s in tl.static_range(R):
-                    y = tl.load(col + s * N + j_kept, mask=a < K, other=0.0).to(tl.float32)
-                    kept_score += tl.load(cores + (c * R + r) * R + s).to(tl.float32) * x * y
-        tl.store(scores + out * C + c, kept_score.to(scores.dtype.element_ty), mask=a < K)
+        total = tl.zeros([1, SLOTS], tl.float32)
+        for r in tl.static_range(R):
+            x_kept = tl.load(row + r * N + kept // N, mask=rank < K, other=0.0).to(tl.float32)
+            for s in tl.static_range(R):
+                y_kept = tl.load(col + s * N + kept % N, mask=rank < K, other=0.0).to(tl.float32)
+                if ADDITIVE:
+                    total += x_kept + y_kept
+                else:
+                    total += tl.load(cores + (c * R + r) * R + s).to(tl.float32) * x_kept * y_kept
+        tl.store(scores + out * C + c, total.to(scores.dtype.element_ty), mask=rank < K)
 
 
-@triton.jit
-def _clear(out, SPAN: tl.constexpr, CLEAR: tl.constexpr):
-    zeros = tl.zeros([CLEAR], out.dtype.element_ty)
-    for start in range(0, SPAN, CLEAR):
-        at = start + tl.arange(0, CLEAR)
-        tl.store(out + at, zeros, mask=at < SPAN)
-
-
-@triton.jit
-def _add_up(out, position, contribution, mask):
-    """out[position] = the sum over all slots at that position; slots that share one write the same bits."""
-    same = (position[:, None] == position[None, :]) & mask[None, :]
-    total = tl.sum(tl.where(same, contribution[None, :], 0.0), axis=1)
-    tl.store(out + position, total.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def product_topk_backward_kernel(
-    grad, addresses, grad_row, grad_col, N: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, CLEAR: tl.constexpr
-):
-    """Gradients of both sides of a pair, written whole: cleared, then every touched position once.
-
-    Bytes: 2 N * itemsize written, K (8 + itemsize) read. Registers: 30 to 128, for the K x K comparison.
-    """
-    pair = tl.program_id(0).to(tl.int64)
-    grad_row += pair * N
-    grad_col += pair * N
-    _clear(grad_row, N, CLEAR)
-    _clear(grad_col, N, CLEAR)
-    tl.debug_barrier()  # the sums overwrite zeros of other threads
-    a = tl.arange(0, SLOTS)
-    address = tl.load(addresses + pair * K + a, mask=a < K, other=0)
-    g = tl.load(grad + pair * K + a, mask=a < K, other=0.0).to(tl.float32)
-    _add_up(grad_row, address // N, g, a < K)
-    _add_up(grad_col, address % N, g, a < K)
-
-
-@triton.jit
-def tucker_topk_backward_kernel(
-    grad,
-    row,
-    col,
-    cores,
-    addresses,
-    grad_row,
-    grad_col,
-    core_parts,
-    H,
-    N: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    CLEAR: tl.constexpr,
-):
-    """All gradients of a pair: of both sides, written whole, and its own part [C,R,R] of the cores' gradient.
-
-    Bytes: 2 R N * itemsize written; K (8 + C * itemsize) and 2 R K scattered elements read.
-    Registers: 32 to 152, for the K x K comparison.
-    """
-    pair = tl.program_id(0).to(tl.int64)
-    row += pair * (R * N)
-    col += pair * (R * N)
-    grad_row += pair * (R * N)
-    grad_col += pair * (R * N)
-    cores += (tl.program_id(0) % H) * (C * R * R)
-    core_parts += pair * (C * R * R)
-    _clear(grad_row, R * N, CLEAR)
-    _clear(grad_col, R * N, CLEAR)
-    tl.debug_barrier()  # the sums overwrite zeros of other threads
-    a = tl.arange(0, SLOTS)
-    mask = a < K
-    address = tl.load(addresses + pair * K + a, mask=mask, other=0)
-    i = address // N
-    j = address % N
-    grad += (pair * K + a) * C
-    for r in tl.static_range(R):
-        along_row = tl.zeros([SLOTS], tl.float32)
-        along_col = tl.zeros([SLOTS], tl.float32)
-        row_r = tl.load(row + r * N + i, mask=mask, other=0.0).to(tl.float32)
-        for s in tl.static_range(R):
-            col_s = tl.load(col + s * N + j, mask=mask, other=0.0).to(tl.float32)
-            row_s = tl.load(row + s * N + i, mask=mask, other=0.0).to(tl.float32)
-            for c in tl.static_range(C):
-                g = tl.load(grad + c, mask=mask, other=0.0).to(tl.float32)
-                along_row += g * tl.load(cores + (c * R + r) * R + s).to(tl.float32) * col_s
-                along_col += g * tl.load(cores + (c * R + s) * R + r).to(tl.float32) * row_s
-                tl.store(core_parts + (c * R + r) * R + s, tl.sum(g * row_r * col_s))
-        _add_up(grad_row + r * N, i, along_row, mask)
-        _add_up(grad_col + r * N, j, along_col, mask)
-
-
-def side_launch(n: int, r: int, k: int, *, candidates: str, weighted: bool) -> dict[str, Any]:
-    """Constants and warps of the side kernel."""
-    width = next_power_of_2(n)
-    constants = {"N": n, "R": r, "S": tail_size(k, candidates), "TAILS": num_tails(candidates), "WEIGHTED": weighted}
-    warps = min(SIDE_MAX_WARPS, max(1, width // (32 * SIDE_KEYS_PER_THREAD)))
-    return {**constants, "WIDTH": width, "num_warps": warps}
-
-
-def grid_launch(n: int, r: int, c: int, k: int, *, candidates: str, additive: bool) -> dict[str, Any]:
-    """Constants and warps of the grid kernel."""
+def topk_launch(n: int, r: int, c: int, k: int, *, candidates: str, additive: bool, itemsize: int) -> dict[str, Any]:
+    """Constants and warps of the kernel."""
     size, tails = tail_size(k, candidates), num_tails(candidates)
-    cells = next_power_of_2(tails * size * size)
-    constants = {"N": n, "R": r, "C": c, "K": k, "S": size, "TAILS": tails, "ADDITIVE": additive}
-    warps = min(GRID_MAX_WARPS, max(1, cells // (32 * CELLS_PER_THREAD)))
-    overlap = tails == 2 and 2 * size > n
-    return {**constants, "OVERLAP": overlap, "CELLS": cells, "SLOTS": next_power_of_2(k), "num_warps": warps}
-
-
-def product_backward_launch(n: int, k: int) -> dict[str, Any]:
-    """Constants and warps of the backward of product_topk."""
-    return {"N": n, "K": k, "SLOTS": next_power_of_2(k), "CLEAR": CLEAR, "num_warps": BACKWARD_WARPS}
-
-
-def tucker_backward_launch(n: int, r: int, c: int, k: int) -> dict[str, Any]:
-    """Constants and warps of the backward of tucker_topk."""
-    return {"R": r, "C": c, **product_backward_launch(n, k)}
-
-
-def num_tails(candidates: str) -> int:
-    return 2 if candidates == "two_tailed" else 1
-
-
-def tail_size(k: int, candidates: str) -> int:
-    if k > MAX_K:
-        raise ValueError(
-            f"k must be at most {MAX_K} for the Triton kernels, got {k}; "
-            "use ultramem.ops.use_implementation(Implementation.ATEN)"
-        )
-    return tail_length(k) if candidates == "two_tailed" else k
+    groups, vector = max(MIN_GROUPS, next_power_of_2(2 * k)), LOAD_BYTES // itemsize
+    chunks = triton.cdiv(n, groups * vector)
+    # Of keys in random order, -G log(1 - K/G) reach the K-th largest of G maxima.
+    expected = -groups * math.log1p(-k / groups)
+    columns = BLOCK_COLUMNS[groups]
+    return {
+        "N": n,
+        "R": r,
+        "C": c,
+        "K": k,
+        "S": size,
+        "TAILS": tails,
+        "ADDITIVE": additive,
+        "OVERLAP": tails == 2 and 2 * size > n,
+        "GROUPS": groups,
+        "VECTOR": vector,
+        "CHUNKS": chunks,
+        "UNROLL": triton.cdiv(chunks, triton.cdiv(chunks, UNROLL)),
+        "SLOTS": max(MIN_SLOTS, next_power_of_2(math.ceil(SHORTLIST_ROOM * expected))),
+        "FLOOR_BITS": FLOOR_BITS,
+        "TURNS": tails * triton.cdiv(size, 2 * groups // columns) * triton.cdiv(size, columns),
+        "BLOCK_COLUMNS": columns,
+        "ROW_SHIFT": ROW_SHIFT,
+        "COLUMN_SHIFT": COLUMN_SHIFT,
+        "num_warps": 2 * groups // 32,
+    }
 
 
 def product_topk(row_THN: Tensor, col_THN: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -371,50 +432,20 @@ def _launch_forward(
     r, c, k, candidates = sizes
     additive = scores.ndim == 3
     tokens, heads, n = row.shape[0], int(row.shape[1]), int(row.shape[-1])
-    side = side_launch(n, r, k, candidates=candidates, weighted=not additive)
-    grid = grid_launch(n, r, c, k, candidates=candidates, additive=additive)
     addresses = row.new_empty(tokens, heads, k, dtype=torch.int64)
     pairs = tokens * heads
+    if not fits_one_launch(n, k):
+        two_launches.launch(row, col, cores, u, t, scores, addresses, candidates)
+        return addresses
+    launch = topk_launch(n, r, c, k, candidates=candidates, additive=additive, itemsize=row.element_size())
     if pairs == 0:
         return addresses
-    positions = row.new_empty(pairs, 2 * side["TAILS"], side["S"], dtype=torch.int32)
-    found = row.new_empty(pairs, k, dtype=torch.int64)
-    wrap_triton(side_topk_kernel)[(pairs, 2 * side["TAILS"])](row, col, u, t, positions, heads, **side)
-    wrap_triton(grid_topk_kernel)[(pairs,)](row, col, cores, positions, found, scores, addresses, heads, **grid)
+    lists = 2 * launch["TAILS"]
+    found = row.new_empty(pairs, lists + 1, launch["SLOTS"], dtype=torch.int64)
+    chosen = row.new_empty(pairs, lists, r + 1, launch["S"], dtype=torch.float32)
+    wrap_triton(topk_kernel)[(pairs,)](row, col, u, t, cores, found, chosen, scores, addresses, heads, **launch)
     return addresses
 
 
-def product_topk_backward(grad_scores_THK: Tensor, addresses_THK: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    refuse_float64(grad_scores_THK=grad_scores_THK)
-    t, h, k = grad_scores_THK.shape
-    grad_row_THN, grad_col_THN = grad_scores_THK.new_empty(t, h, n), grad_scores_THK.new_empty(t, h, n)
-    if t * h:
-        product_topk_backward_kernel[(t * h,)](
-            grad_scores_THK, addresses_THK, grad_row_THN, grad_col_THN, **product_backward_launch(n, k)
-        )
-    return grad_row_THN, grad_col_THN
-
-
-def tucker_topk_backward(
-    grad_THKC: Tensor, row_THRN: Tensor, col_THRN: Tensor, cores_HCRR: Tensor, addresses_THK: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of row scores, column scores and cores; the last adds one part a pair in torch's fixed order."""
-    refuse_float64(row_scores_THRN=row_THRN, cores_HCRR=cores_HCRR)
-    t, h, r, n = row_THRN.shape
-    c, k = cores_HCRR.shape[1], addresses_THK.shape[-1]
-    grad_row_THRN, grad_col_THRN = torch.empty_like(row_THRN), torch.empty_like(col_THRN)
-    core_parts = row_THRN.new_empty(t, h, c, r, r, dtype=torch.float32)
-    if t * h:
-        tucker_topk_backward_kernel[(t * h,)](
-            grad_THKC,
-            row_THRN,
-            col_THRN,
-            cores_HCRR,
-            addresses_THK,
-            grad_row_THRN,
-            grad_col_THRN,
-            core_parts,
-            h,
-            **tucker_backward_launch(n, r, c, k),
-        )
-    return grad_row_THRN, grad_col_THRN, core_parts.sum(0).to(cores_HCRR.dtype)
+def fits_one_launch(n: int, k: int) -> bool:
+    return k <= MAX_K and n <= MAX_N
