@@ -59,8 +59,15 @@ def test_lookup_dot(dtype):
             torch.testing.assert_close(dots, expected)
 
 
-# Rows of a lazy optimiser exist in training alone; models with experts are refused by the exporters.
-NOT_EXPORTED = {"lookup_reduce_lazy", "lookup_dot_lazy", "round_stochastically", "grouped_mm"}
+# Rows of a lazy optimiser and their updates belong to training; models with experts are refused by the exporters.
+NOT_EXPORTED = {
+    "lookup_reduce_lazy",
+    "lookup_dot_lazy",
+    "round_stochastically",
+    "grouped_mm",
+    "adamw_rows_",
+    "adagrad_rows_",
+}
 
 
 def test_every_exported_op_has_a_translation_and_a_body():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ultramem.ops import _checks as checks
-from ultramem.ops._registration import opaque_op
+from ultramem.ops._registration import accumulation_dtype, opaque_op
 from ultramem.ops._sparse_gradient import rows_gradient
 from ultramem.ops.catch_up import LazyRows, catch_up_, catch_up_rows
 from ultramem.ops.lookup_reduce import (
@@ -65,64 +65,44 @@ def _lookup_reduce_lazy(
     exp_avg_ND: Tensor | None,
     exp_avg_sq_ND: Tensor | None,
     eps: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The pooled rows, and the `FreshRows`: making them up again in the backward would cost as much as the lookup."""
     lazy = LazyRows(schedule_S3, step, last_step_N, exp_avg_ND, exp_avg_sq_ND, eps)
     fresh = fresh_rows(values_ND, lazy, indices_TK)
     scores_TKC = scores_TKC.to(fresh.values_UD.dtype)
     pooled_TED: Tensor = _lookup_reduce(fresh.values_UD, fresh.indices_TK, scores_TKC, num_blocks, False)
-    return pooled_TED.to(values_ND.dtype)
+    return pooled_TED.to(values_ND.dtype), *fresh
 
 
 @_lookup_reduce_lazy.register_fake
-def _(values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int, *lazy: Any) -> Tensor:
-    return values_ND.new_empty(indices_TK.shape[0], num_blocks, values_ND.shape[1])
-
-
-@opaque_op("ultramem::lookup_reduce_lazy_backward")
-def _lookup_reduce_lazy_backward(
-    grad_TED: Tensor,
-    values_ND: Tensor,
-    indices_TK: Tensor,
-    scores_TKC: Tensor,
-    schedule_S3: Tensor,
-    step: Tensor,
-    last_step_N: Tensor,
-    exp_avg_ND: Tensor | None,
-    exp_avg_sq_ND: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by touched row: rows [U] ascending, their gradients [U,D], and of the scores [T,K,C]."""
-    lazy = LazyRows(schedule_S3, step, last_step_N, exp_avg_ND, exp_avg_sq_ND, eps)
-    fresh = fresh_rows(values_ND, lazy, indices_TK)
-    dtype = fresh.values_UD.dtype
-    grad_UD, grad_scores_TKC = _lookup_reduce_backward(
-        grad_TED.to(dtype), fresh.values_UD, fresh.indices_TK, scores_TKC.to(dtype), True
-    )
-    return fresh.rows_U, grad_UD.to(values_ND.dtype), grad_scores_TKC.to(scores_TKC.dtype)
-
-
-@_lookup_reduce_lazy_backward.register_fake
 def _(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, *lazy: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    touched = torch.library.get_ctx().new_dynamic_size()
+    values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int, *lazy: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d, touched = values_ND.shape[1], torch.library.get_ctx().new_dynamic_size()
     return (
+        values_ND.new_empty(indices_TK.shape[0], num_blocks, d),
         indices_TK.new_empty(touched),
-        values_ND.new_empty(touched, values_ND.shape[1]),
-        scores_TKC.new_empty(scores_TKC.shape),
+        values_ND.new_empty(touched, d, dtype=accumulation_dtype(values_ND.dtype)),
+        indices_TK.new_empty(indices_TK.shape),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    values, indices, scores, _, *state, ctx.eps = inputs
-    ctx.save_for_backward(values, indices, scores, *state)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    values, _, scores, *_ = inputs
+    _, *fresh = output
+    ctx.save_for_backward(values, scores, *fresh)
+    ctx.mark_non_differentiable(*fresh)
 
 
-def _backward(ctx: Any, grad_TED: Tensor) -> tuple[Tensor | None, ...]:
-    values, *others = ctx.saved_tensors
-    rows, row_grads, grad_scores = _lookup_reduce_lazy_backward(grad_TED.contiguous(), values, *others, ctx.eps)
-    grad_values = rows_gradient(rows, row_grads, values) if ctx.needs_input_grad[0] else None
-    return (grad_values, None, grad_scores, *(None,) * 7)
+def _backward(ctx: Any, grad_TED: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    values_ND, scores_TKC, *fresh = ctx.saved_tensors
+    rows_U, values_UD, indices_TK = fresh
+    dtype = values_UD.dtype
+    grad_UD, grad_scores_TKC = _lookup_reduce_backward(
+        grad_TED.to(dtype).contiguous(), values_UD, indices_TK, scores_TKC.to(dtype), True
+    )
+    grad_values = rows_gradient(rows_U, grad_UD.to(values_ND.dtype), values_ND) if ctx.needs_input_grad[0] else None
+    return (grad_values, None, grad_scores_TKC.to(scores_TKC.dtype), *(None,) * 7)
 
 
 _lookup_reduce_lazy.register_autograd(_backward, setup_context=_setup_context)
@@ -156,7 +136,6 @@ def lookup_reduce_lazy(
     for name, moment in (("exp_avg_ND", lazy.exp_avg_ND), ("exp_avg_sq_ND", lazy.exp_avg_sq_ND)):
         if moment is not None:
             checks.require_shape(f"lazy.{name}", moment, (n, d), "that of values_ND")
-    pooled_TED: Tensor = _lookup_reduce_lazy(
-        values_ND, indices_TK.contiguous(), scores_TKC.contiguous(), num_blocks, *lazy
-    )
+    pooled_TED: Tensor
+    pooled_TED, *_ = _lookup_reduce_lazy(values_ND, indices_TK.contiguous(), scores_TKC.contiguous(), num_blocks, *lazy)
     return pooled_TED

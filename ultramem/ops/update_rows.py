@@ -41,7 +41,7 @@ def _adamw_rows_(
             *(step, lr, beta1, beta2, eps, weight_decay, seed),
         )
         return
-    before = torch.tensor(step - 1, device=values_ND.device)
+    before = torch.full((), step - 1, device=values_ND.device)
     lazy = LazyRows(schedule_S3, before, last_step_N, exp_avg_ND, exp_avg_sq_ND, eps)
     chunk = chunk_rows(values_ND)
     for rows, grads in zip(rows_U.split(chunk), grads_UD.split(chunk), strict=True):
@@ -81,7 +81,7 @@ def _adagrad_rows_(
             *(step, lr, eps, weight_decay, seed),
         )
         return
-    before = torch.tensor(step - 1, device=values_ND.device)
+    before = torch.full((), step - 1, device=values_ND.device)
     lazy = LazyRows(schedule_S3, before, last_step_N, None, None, eps)
     chunk = chunk_rows(values_ND)
     for rows, grads in zip(rows_U.split(chunk), grads_UD.split(chunk), strict=True):

@@ -1,7 +1,6 @@
 // Two-phase top-k over a grid of scores: the best rows and columns, then the best cells where they cross.
 #pragma once
 
-#include <cmath>
 #include <optional>
 
 #include "top_cells.h"
@@ -15,8 +14,10 @@ struct SelectSizes {
 
 enum class Tails { one, two };
 
-// (Token, head) pairs that are worth waking a thread for: about 1 us each where sides are short.
-constexpr std::int64_t pairs_a_thread(std::int64_t scores) { return std::max<std::int64_t>(16384 / std::max<std::int64_t>(scores, 1), 1); }
+// (Token, head) pairs that are worth waking a thread for: one takes 1 us and 1 us for every thousand scores of a side.
+inline std::int64_t pairs_a_thread(std::int64_t scores) {
+  return std::max<std::int64_t>(4096 / std::max<std::int64_t>(scores, 1), 1);
+}
 
 // sums[x] = sum over R of weights[r] * scores[r][x], and -inf up to a whole number of vectors.
 template <class Score, class Acc>
