@@ -3,33 +3,61 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+KERNELS := $(VENV)/.kernels
+NATIVE := ultramem/ops/native
 DEMO_OUT ?= runs/demo
 
-.PHONY: help demo experiment test test-slow lint format clean
+.PHONY: help demo experiment test test-slow static static-check gpu gpu-dry-run benchmarks lint format clean
 
 help:
 	@echo "make demo    train, compare, export and profile a small model; ends with the path of an HTML report"
 	@echo "make experiment  train and compare the families and the switches of UltraMem, two hours; writes docs/experiment"
 	@echo "make test    the tests"
 	@echo "make test-slow  the tests of over a minute"
+	@echo "make static-check  compile every GPU kernel, count launches and bytes: fails where a figure is worse than committed"
+	@echo "make static  write those figures anew, and docs/static.md"
+	@echo "make gpu     tests and benchmarks on a GPU in nine minutes; needs torch, triton and pytest under PYTHON alone"
+	@echo "make gpu-dry-run  the same script on a CPU, on small shapes, in Triton's interpreter"
+	@echo "make benchmarks  every CPU benchmark, half an hour on two quiet cores; writes benchmarks/results and docs"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff format"
 	@echo "make clean   remove the virtual environment and caches (runs/ stays)"
 
-demo: $(READY)
+demo: $(KERNELS)
 	$(BIN)/python examples/demo.py --out $(DEMO_OUT)
 
 # Goes on where it was stopped.
-experiment: $(READY)
+experiment: $(KERNELS)
 	$(BIN)/python examples/experiment.py --publish docs/experiment/raw
 	$(BIN)/python docs/experiment/make_page.py
 
 # Two workers of one thread each: the tests are many small programs, and spinning OpenMP threads would fight over cores.
-test: $(READY)
+test: $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(READY)
+test-slow: $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# Three tools, one table: what ptxas makes of the kernels, launches of a layer, bytes that the kernels ask for.
+static: MODE = --update
+static-check: MODE = --check
+static static-check: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.offline_gate $(MODE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.launches $(MODE)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m benchmarks.traffic $(MODE)
+	$(if $(filter static,$@),$(BIN)/python -m benchmarks.static_page)
+
+# Without the virtual environment: on a rented machine nothing is installed, the image has what it takes.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+gpu-dry-run: $(KERNELS)
+	OUT=$(or $(OUT),runs/gpu) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu --dry-run
+
+benchmarks: $(KERNELS)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.run --suite cpu --publish
+	$(BIN)/python -m benchmarks.report
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -41,11 +69,16 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 # torch comes first and pinned, so that nothing else draws in another build of it.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[onnx,triton,dev]'
 	touch $@
 
+# The install has built them; this is for whoever edits them.
+$(KERNELS): $(READY) $(wildcard $(NATIVE)/*.h) $(NATIVE)/library.cc $(NATIVE)/build.py
+	$(BIN)/python -m ultramem.ops.native.build
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache $(NATIVE)/*.so

@@ -80,8 +80,8 @@ class Case:
 def row_loads(launch: dict[str, Any], dtype: str, *, tiles: int = 1, rows: int | None = None) -> int:
     """Loads of 16 bytes a lane in `tiles` tiles of `rows` (default: SLOTS) rows of COLUMNS elements."""
     lanes = launch["num_warps"] * THREADS_PER_WARP
-    elements: int = (launch["SLOTS"] if rows is None else rows) * launch["COLUMNS"]
-    return tiles * elements * ITEMSIZE[dtype] // (lanes * WIDEST_ACCESS_BYTES)
+    elements = (launch["SLOTS"] if rows is None else rows) * launch["COLUMNS"]
+    return int(tiles * elements * ITEMSIZE[dtype] // (lanes * WIDEST_ACCESS_BYTES))
 
 
 def lookup_reduce_variants(size: Size, dtype: str) -> Iterator[Variant]:

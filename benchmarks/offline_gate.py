@@ -1,19 +1,17 @@
 """Compile every Triton kernel at the paper's sizes, without a GPU, and read what the cubin says.
 
-    python -m benchmarks.offline_gate [--size 1.6b] [--dtype bf16] [--capability 90] [--kernel lookup_reduce]
+    python -m benchmarks.offline_gate [--check | --update] [--size 1.6b] [--dtype bf16] [--capability 90] [--kernel X]
 
-Prints registers, spills, memory, access widths and occupancy; the last line is one JSON object. Ends 1 if a kernel
-spills, uses atomics or leaves the budget of benchmarks/gate_cases.py.
+Prints registers, spills, memory, access widths and occupancy. Ends 1 if a kernel spills, uses atomics or leaves the
+budget of benchmarks/gate_cases.py, and with --check if a row is worse than the committed one.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import json
 import multiprocessing
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -24,12 +22,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import static_table
 from benchmarks.cubin import WIDEST_ACCESS_BYTES, read_code, read_resources, wide_share
 from benchmarks.gate_cases import CAPABILITIES, ITEMSIZE, SIZES, Budget, Case, cases
 from benchmarks.occupancy import LIMITS, THREADS_PER_WARP, resident_warps
 
 POINTER_ALIGNMENT = 16
 LAUNCH_OPTIONS = ("num_warps", "num_stages")  # of a launch's entries; the others are the kernel's constants
+
+
+SECTION = static_table.Section(
+    name="kernels",
+    key=("kernel", "size", "dtype", "arch"),
+    at_most={
+        "spills": 1.0, "local_bytes": 1.0, "stack_bytes": 1.0, "atomics": 1.0, "barriers": 1.0,
+        "barriers_in_loop": 1.0, "instructions": 1.05,
+    },
+    at_least=("wide_load_share", "wide_store_share", "occupancy"),
+    libraries=("triton",),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +67,21 @@ class Figures:
     instructions: int
     resident_warps: int  # of an SM
     occupancy: float
+
+
+def arch_name(capability: int) -> str:
+    """As ptxas is told it: from 9.0 on, code for that very architecture."""
+    return f"sm_{capability}{'a' if capability >= 90 else ''}"
+
+
+def case_key(case: Case) -> static_table.Row:
+    """The fields that name the case's row."""
+    return {
+        "kernel": case.variant.name,
+        "size": case.size,
+        "dtype": case.dtype,
+        "arch": arch_name(case.capability),
+    }
 
 
 def measure(index: int) -> Figures:
@@ -92,10 +118,7 @@ def read_cubin(case: Case, compiled: Any) -> Figures:
     warps, shared_bytes = case.variant.launch["num_warps"], compiled.metadata.shared
     resident = resident_warps(case.capability, warps=warps, registers=resources["REG"], shared_bytes=shared_bytes)
     return Figures(
-        kernel=case.variant.name,
-        size=case.size,
-        dtype=case.dtype,
-        arch=str(re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]),  # type: ignore[index]
+        **case_key(case),
         warps=warps,
         registers=resources["REG"],
         spills=code.spills,
@@ -153,6 +176,7 @@ def table(figures: list[Figures]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    static_table.add_modes(parser)
     parser.add_argument("--size", action="append", choices=SIZES, help="one size of Table 6 (default: all)")
     parser.add_argument("--dtype", action="append", choices=ITEMSIZE, help="default: all")
     parser.add_argument("--capability", action="append", type=int, choices=CAPABILITIES, help="default: all")
@@ -161,25 +185,44 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if "TRITON_INTERPRET" in os.environ:
         parser.error("offline_gate compiles kernels: run it without TRITON_INTERPRET")
-    todo = {
-        index: case
-        for index, case in enumerate(cases())
-        if case.size in (options.size or SIZES)
-        and case.dtype in (options.dtype or ITEMSIZE)
-        and case.capability in (options.capability or CAPABILITIES)
-        and options.kernel in case.variant.name
-    }
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
-        figures = list(pool.map(measure, todo))
+    if options.update and (options.size or options.dtype or options.capability or options.kernel):
+        parser.error("--update writes the whole table: give it no part")
+
+    def within(row: static_table.Row) -> bool:
+        return (
+            row["size"] in (options.size or SIZES)
+            and row["dtype"] in (options.dtype or ITEMSIZE)
+            and row["arch"] in [arch_name(capability) for capability in options.capability or CAPABILITIES]
+            and options.kernel in row["kernel"]
+        )
+
+    todo = {index: case for index, case in enumerate(cases()) if within(case_key(case))}
+    figures = compile_all(list(todo), options.jobs)
     failing = [
-        f"{f.kernel} {f.size} {f.dtype} {f.arch}: {reason}"
+        f"{static_table.row_name(SECTION, asdict(f))}: {reason}"
         for f, case in zip(figures, todo.values(), strict=True)
         for reason in over_budget(f, case.variant.budget)
     ]
+    rows: list[static_table.Row] = [asdict(f) for f in figures]
+    if failing:
+        print("over budget", *failing, sep="\n  ")
+    if options.check:
+        return static_table.check(SECTION, rows, within=within) | bool(failing)
     print(table(figures))
-    print("\n".join(failing))
-    print(json.dumps({"triton": triton.__version__, "failing": failing, "kernels": [asdict(f) for f in figures]}))
-    return 1 if failing else 0
+    if options.update and not failing:
+        static_table.write(SECTION, rows)
+    return bool(failing)
+
+
+def compile_all(indices: list[int], jobs: int) -> list[Figures]:
+    """Figures of the cases of these numbers, compiled anew: nothing of an earlier run's cache is trusted."""
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        triton.knobs.cache.scope(),
+        concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool,
+    ):
+        triton.knobs.cache.dir = cache
+        return list(pool.map(measure, indices))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ def export_aoti(program: Program, folder: Path) -> Program:
 
     # Bodies of ops hold constants of their own, such as the summed core: hence simplify on both sides.
     program = simplify(apply_pass(simplify(program), lower_ops))
-    with quiet_exporters():
+    # With gradients on, Inductor fails on an embedding bag of parameters ("Autograd not support dtype: Long").
+    with quiet_exporters(), torch.no_grad():
         torch._inductor.aoti_compile_and_package(program.exported, package_path=str(folder / FILE))
     return program
 

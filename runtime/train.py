@@ -21,6 +21,7 @@ from ultramem.config import ModelConfig, TrainConfig
 from ultramem.counts import count
 from ultramem.graph import build_model
 from ultramem.graph.weights import save_weights
+from ultramem.machine import gemm_flops_per_second
 from ultramem.runtime.best import Best, load_best, read_best, save_best
 from ultramem.runtime.checkpoint import load_latest_checkpoint, restore, save_checkpoint, state_tensors
 from ultramem.runtime.data import Batch, Corpus, Documents, Stream, evaluation_batches, training_batch
@@ -29,7 +30,6 @@ from ultramem.runtime.evaluate import Evaluation, evaluate, make_summed_loss
 from ultramem.runtime.health import MemoryHealth
 from ultramem.runtime.metrics import MetricsLog, require_tensorboard
 from ultramem.runtime.optimizers import make_optimizers, sync
-from ultramem.runtime.profile.machine import gemm_flops_per_second
 from ultramem.runtime.run import RunFolder, describe
 from ultramem.runtime.stop_signals import StopFlag, Stopped, stop_signals
 from ultramem.runtime.train_step import TrainStep, autocast_dtype, check_finite

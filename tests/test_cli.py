@@ -1,6 +1,7 @@
 """The command line: results as JSON, and bad input as one line that names it, exit code 2, nothing written."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -190,6 +191,15 @@ def test_bad_input_about_a_run(words, said, run, tmp_path, capsys, monkeypatch):
 def test_help(command, capsys):
     assert main([*command.split(), "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: ultramem {command}".rstrip())
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "ultramem", "params", "ultramem-tiny"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, "")
 
 
 def test_the_module_is_the_command():

@@ -1,12 +1,15 @@
 """The `ultramem` command: it parses, calls and prints; what it calls says what is wrong with bad input.
 
-Exit codes: 0 done, 2 bad input (one line on stderr), 130 stopped by Ctrl-C with the work saved.
+Exit codes: 0 done, 2 bad input (one line on stderr), 130 stopped by Ctrl-C with the work saved, 141
+where whoever read the output has gone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import typing
 from collections.abc import Sequence
@@ -43,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     prefix = f"ultramem {args.command}"
     try:
         result = args.run(args)
+        if args.json:
+            print(json.dumps(result))
+        sys.stdout.flush()
     except (ValueError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, ImportError) as error:
         if args.traceback:
             raise
@@ -51,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"{prefix}: {_one_line(stop) or 'stopped'}", file=sys.stderr)
         return 130
-    if args.json:
-        print(json.dumps(result))
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
+        return 128 + signal.SIGPIPE
     return 0
 
 

@@ -1,8 +1,8 @@
 """Where a model's time goes: latency on each engine, by stage, against bytes, FLOPs and this machine's roofs."""
 
+from ultramem.machine import Machine, measure_machine
 from ultramem.runtime.profile.arithmetic import MEMORY_STAGES, STAGES, StageCost, stage_costs
 from ultramem.runtime.profile.inductor_stages import COMPILE_OPTIONS
-from ultramem.runtime.profile.machine import Machine, measure_machine
 from ultramem.runtime.profile.measure import Engine, WrongLogitsError
 from ultramem.runtime.profile.profiler import profile
 from ultramem.runtime.profile.schema import (

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ultramem.runtime.profile.machine import synchronize
+from ultramem.machine import synchronize
 from ultramem.runtime.profile.schema import DECODE, PREFILL
 
 TOLERANCE_FACTOR = 4.0

@@ -13,9 +13,9 @@ import torch
 from ultramem.config import to_dict
 from ultramem.counts import count
 from ultramem.graph import Transformer
+from ultramem.machine import Machine, measure_machine
 from ultramem.runtime.profile.arithmetic import stage_costs
 from ultramem.runtime.profile.inductor_stages import Kernel, kernel_stages, packaged_kernels, recorded_compilation
-from ultramem.runtime.profile.machine import Machine, measure_machine
 from ultramem.runtime.profile.measure import (
     Cell,
     Engine,

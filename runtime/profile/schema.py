@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ultramem.runtime.profile.machine import Machine
+from ultramem.machine import Machine
 
 FORMAT_VERSION = 1
 KIND = "ultramem-profile"

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ultramem.machine import synchronize
 from ultramem.runtime.profile.arithmetic import STAGES
-from ultramem.runtime.profile.machine import synchronize
 from ultramem.runtime.profile.measure import Cell, percentile
 from ultramem.runtime.profile.schema import StageRow, StageTimes
 

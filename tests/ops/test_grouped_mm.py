@@ -13,20 +13,20 @@ ENDS = {
 }
 
 
-def _inputs(dtype=torch.float32, ends=(3, 3, 10, 11)):
+def _inputs(dtype=torch.float32, ends=(3, 3, 10, 11), device="cpu"):
     torch.manual_seed(0)
     return (
-        torch.randn(ends[-1], 8, dtype=dtype, requires_grad=True),
-        torch.randn(4, 8, 24, dtype=dtype, requires_grad=True),
-        torch.tensor(ends, dtype=torch.int32),
+        torch.randn(ends[-1], 8, dtype=dtype, device=device, requires_grad=True),
+        torch.randn(4, 8, 24, dtype=dtype, device=device, requires_grad=True),
+        torch.tensor(ends, dtype=torch.int32, device=device),
     )
 
 
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_forward_and_gradients_equal_a_loop(dtype, ends):
-    inputs, weights, ends_E = _inputs(dtype, ends)
-    upstream = torch.randn(11, 24, dtype=dtype)
+def test_forward_and_gradients_equal_a_loop(dtype, ends, device):
+    inputs, weights, ends_E = _inputs(dtype, ends, device)
+    upstream = torch.randn(11, 24, dtype=dtype, device=device)
     out = ops.grouped_mm(inputs, weights, ends_E)
     grads = torch.autograd.grad(out, (inputs, weights), upstream)
     exact = [each.detach().double().requires_grad_() for each in (inputs, weights)]

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import ultramem
+from ultramem.machine import gemm_flops_per_second
 from ultramem.runtime.data import evaluation_batches, load_corpus
 from ultramem.runtime.evaluate import evaluate, make_summed_loss
 from ultramem.runtime.health import MemoryHealth
-from ultramem.runtime.profile.machine import gemm_flops_per_second
 from ultramem.runtime.run import RunFolder
 from ultramem.runtime.schedule import learning_rate, value_lr_ratio
 from ultramem.runtime.train import train

@@ -42,13 +42,15 @@ def _leading_eigenvector(gram_HRR: Tensor) -> Tensor:
     if gram_HRR.shape[-1] == 2:  # the usual rank, in closed form: the rotation that makes the matrix diagonal
         angle_H = 0.5 * torch.atan2(2 * gram_HRR[:, 0, 1], gram_HRR[:, 0, 0] - gram_HRR[:, 1, 1])
         return torch.stack([angle_H.cos(), angle_H.sin()], dim=1)
+    # `diagonal` would make Inductor of torch 2.13 warn of its own deprecated function.
+    identity_RR = torch.eye(gram_HRR.shape[-1], device=gram_HRR.device)
     for _ in range(ROUNDS):
-        trace_H = gram_HRR.diagonal(dim1=1, dim2=2).sum(1)
+        trace_H = (gram_HRR * identity_RR).sum((1, 2))
         gram_HRR = gram_HRR / trace_H.clamp_min(torch.finfo(torch.float32).tiny).view(-1, 1, 1)
         for _ in range(SQUARINGS_PER_ROUND):
             gram_HRR = gram_HRR @ gram_HRR
     # The matrix is now t t^T up to scale; its row of the largest diagonal entry is t up to scale.
-    row = gram_HRR.diagonal(dim1=1, dim2=2).argmax(dim=1).view(-1, 1, 1)
+    row = (gram_HRR * identity_RR).sum(2).argmax(dim=1).view(-1, 1, 1)
     return _unit(gram_HRR.gather(1, row.expand(-1, 1, gram_HRR.shape[-1])).squeeze(1))
 
 

@@ -1,7 +1,7 @@
 """The stages of a memory layer that a compiler cannot derive, each as `torch.ops.ultramem.<op>`."""
 
 from ultramem.ops import reference
-from ultramem.ops.catch_up import LazyRows, catch_up_
+from ultramem.ops.catch_up import LazyRows, catch_up_, catch_up_rows
 from ultramem.ops.grouped_mm import grouped_mm
 from ultramem.ops.implementation import Implementation, use_implementation
 from ultramem.ops.lookup_dot import lookup_dot
@@ -12,13 +12,17 @@ from ultramem.ops.permute_addresses import address_table, permute_addresses
 from ultramem.ops.product_topk import TopK, product_topk
 from ultramem.ops.round_stochastically import round_stochastically
 from ultramem.ops.tucker_topk import tucker_topk
+from ultramem.ops.update_rows import adagrad_rows_, adamw_rows_
 
 __all__ = [
     "Implementation",
     "LazyRows",
     "TopK",
+    "adagrad_rows_",
+    "adamw_rows_",
     "address_table",
     "catch_up_",
+    "catch_up_rows",
     "grouped_mm",
     "lookup_dot",
     "lookup_dot_lazy",

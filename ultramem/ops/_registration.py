@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch.library import custom_op, infer_schema
 
+from ultramem.ops.implementation import forced_implementation
+
 
 class _Source:
-    """What torch.compile's graph cache hashes of an inlined op: the files that its body may come from.
+    """What torch.compile's graph cache hashes of an inlined op: all that decides which body it gets.
 
     That cache keys a graph by the names of its ops, so after an upgrade it would serve the old body of an op. Of a
-    `triton_op` it hashes the kernels, as it does of this stand-in for one.
+    `triton_op` it hashes the kernels, as it does of this stand-in for one. Besides the files that the body may come
+    from, it names the implementation that is in force and the C++ library, whose ops may be in the graph.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
@@ -30,13 +33,19 @@ class _Source:
         self.__name__ = fn.__name__
         self._file = inspect.getsourcefile(fn)
 
-    @cached_property
+    @property
     def src(self) -> str:
+        from ultramem.ops.native.library import library
+
+        return f"# {self.__name__} {self._files} {forced_implementation().value} {library().file}"
+
+    @cached_property
+    def _files(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         files = {Path(self._file)} if self._file else set()
         for file in sorted(files.union(Path(__file__).parent.rglob("*.py"))):
             digest.update(file.read_bytes())
-        return f"# {self.__name__} {digest.hexdigest()}"
+        return digest.hexdigest()
 
 
 def traceable_op(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -77,11 +86,14 @@ def traceable_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-def opaque_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register `fn` as op `name` that no compiler looks into: for bodies whose order of additions must not change."""
+def opaque_op(name: str, *, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Register `fn` as op `name` that no compiler looks into: for bodies whose order of additions must not change.
+
+    `mutates` names the arguments that it writes to.
+    """
 
     def register(fn: Callable[..., Any]) -> Any:
-        return custom_op(name, fn, mutates_args=(), schema=infer_schema(fn, mutates_args=()))
+        return custom_op(name, fn, mutates_args=mutates, schema=infer_schema(fn, mutates_args=mutates))
 
     return register
 

@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ultramem.ops._registration import accumulation_dtype
+from ultramem.ops.implementation import runs_native
+
 LOG_DECAY, DRIFT, DRIFT_EPS = range(3)
 """Columns of the schedule."""
 
@@ -44,6 +47,17 @@ class LazyRows(NamedTuple):
     exp_avg_sq_ND: Tensor | None
     """Second moment as of `last_step_N`."""
     eps: float
+
+
+def catch_up_rows(values_ND: Tensor, lazy: LazyRows, rows_U: Tensor) -> Tensor:
+    """Rows of the table [N,D], up to date: [U,D] in the dtype in which they are updated. See `catch_up_`."""
+    if runs_native(values_ND):
+        caught_up_UD: Tensor = torch.ops.ultramem_native.catch_up_rows(
+            *(values_ND, lazy.schedule_S3, lazy.step, lazy.last_step_N, lazy.exp_avg_ND, lazy.exp_avg_sq_ND),
+            *(lazy.eps, rows_U),
+        )
+        return caught_up_UD
+    return catch_up_(values_ND.index_select(0, rows_U).to(accumulation_dtype(values_ND.dtype)), lazy, rows_U)
 
 
 def catch_up_(values_UD: Tensor, lazy: LazyRows, rows_U: Tensor) -> Tensor:

@@ -12,11 +12,16 @@ import torch
 
 
 class Implementation(enum.Enum):
-    """AUTO: Triton on CUDA tensors, aten elsewhere. ATEN and TRITON: that one or an error."""
+    """AUTO: Triton on CUDA tensors, the C++ kernels on CPU tensors where they are built, aten elsewhere.
+
+    ATEN, TRITON, NATIVE (the C++ kernels): that one or an error. An op that has no kernel of its own for one of them
+    is plain PyTorch under all of them.
+    """
 
     AUTO = "auto"
     ATEN = "aten"
     TRITON = "triton"
+    NATIVE = "native"
 
 
 _forced = Implementation.AUTO
@@ -36,6 +41,11 @@ def use_implementation(implementation: Implementation) -> Iterator[None]:
         _forced = before
 
 
+def forced_implementation() -> Implementation:
+    """What `use_implementation` asks for here; AUTO outside of it."""
+    return _forced
+
+
 @cache
 def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -47,7 +57,7 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     Raises:
         RuntimeError: the tensor is on CUDA (or TRITON is forced) and Triton is not installed.
     """
-    if _forced is Implementation.ATEN or (_forced is Implementation.AUTO and tensor.device.type != "cuda"):
+    if _forced is not Implementation.TRITON and (_forced is not Implementation.AUTO or tensor.device.type != "cuda"):
         return False
     if not triton_is_installed():
         raise RuntimeError(
@@ -55,3 +65,28 @@ def runs_triton(tensor: torch.Tensor) -> bool:
             "to run plain PyTorch instead, use ultramem.ops.use_implementation(Implementation.ATEN)"
         )
     return True
+
+
+def runs_native(tensor: torch.Tensor) -> bool:
+    """True if the op should call its C++ kernel, `torch.ops.ultramem_native.<op>`, on `tensor`. Loads the library.
+
+    Raises:
+        RuntimeError: NATIVE is forced, and the tensor is not on the CPU or the library is not there.
+    """
+    if _forced is Implementation.NATIVE:
+        if tensor.device.type != "cpu":
+            problem = f"the C++ kernels take tensors on the CPU, not on {tensor.device}"
+        else:
+            problem = _native_problem()
+        if problem:
+            raise RuntimeError(
+                f"{problem}; to run plain PyTorch instead, use ultramem.ops.use_implementation(Implementation.ATEN)"
+            )
+        return True
+    return _forced is Implementation.AUTO and tensor.device.type == "cpu" and not _native_problem()
+
+
+def _native_problem() -> str:
+    from ultramem.ops.native.library import library
+
+    return library().problem

@@ -13,7 +13,7 @@ from torch import Tensor
 from ultramem.ops import _checks as checks
 from ultramem.ops._registration import accumulation_dtype, opaque_op, traceable_op
 from ultramem.ops._sparse_gradient import rows_gradient
-from ultramem.ops.implementation import runs_triton
+from ultramem.ops.implementation import runs_native, runs_triton
 
 
 def lookup_reduce_reference(
@@ -36,6 +36,9 @@ def _lookup_reduce(
         from ultramem.ops.triton import lookup_reduce as kernels
 
         return kernels.lookup_reduce(values_ND, indices_TK, scores_TKC, num_blocks)
+    if runs_native(values_ND):
+        pooled_TED: Tensor = torch.ops.ultramem_native.lookup_reduce(values_ND, indices_TK, scores_TKC, num_blocks)
+        return pooled_TED
     n, d = values_ND.shape
     t, _, c = scores_TKC.shape
     bags = _bags(n, indices_TK, scores_TKC.to(values_ND.dtype), num_blocks)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ultramem.ops import _checks as checks
-from ultramem.ops._registration import accumulation_dtype, opaque_op
+from ultramem.ops._registration import opaque_op
 from ultramem.ops._sparse_gradient import rows_gradient
-from ultramem.ops.catch_up import LazyRows, catch_up_
+from ultramem.ops.catch_up import LazyRows, catch_up_, catch_up_rows
 from ultramem.ops.lookup_reduce import (
     _lookup_reduce,
     _lookup_reduce_backward,
@@ -49,8 +49,8 @@ class FreshRows(NamedTuple):
 def fresh_rows(values_ND: Tensor, lazy: LazyRows, indices_TK: Tensor) -> FreshRows:
     n = values_ND.shape[0]
     rows_U, position_TK = torch.unique(indices_TK % n, return_inverse=True)
-    stale_UD = values_ND.index_select(0, rows_U).to(accumulation_dtype(values_ND.dtype))
-    return FreshRows(rows_U, catch_up_(stale_UD, lazy, rows_U), position_TK + indices_TK // n * rows_U.shape[0])
+    fresh_UD = catch_up_rows(values_ND, lazy, rows_U)
+    return FreshRows(rows_U, fresh_UD, position_TK + indices_TK // n * rows_U.shape[0])
 
 
 @opaque_op("ultramem::lookup_reduce_lazy")

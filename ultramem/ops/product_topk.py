@@ -13,7 +13,7 @@ from torch import Tensor
 from ultramem.ops import _checks as checks
 from ultramem.ops._registration import accumulation_dtype, opaque_op, traceable_op
 from ultramem.ops._top_k import MAX_ADDRESS, top_addresses
-from ultramem.ops.implementation import runs_triton
+from ultramem.ops.implementation import runs_native, runs_triton
 
 
 class TopK(NamedTuple):
@@ -37,6 +37,9 @@ def _product_topk(row_scores_THN: Tensor, col_scores_THN: Tensor, k: int) -> tup
         from ultramem.ops.triton import select
 
         return select.product_topk(row_scores_THN, col_scores_THN, k)
+    if runs_native(row_scores_THN):
+        top: tuple[Tensor, Tensor] = torch.ops.ultramem_native.product_topk(row_scores_THN, col_scores_THN, k)
+        return top
     return _product_topk_aten(row_scores_THN, col_scores_THN, k)
 
 
@@ -61,6 +64,11 @@ def _product_topk_backward(grad_scores_THK: Tensor, addresses_THK: Tensor, n: in
         from ultramem.ops.triton import select_backward
 
         return select_backward.product_topk_backward(grad_scores_THK, addresses_THK, n)
+    if runs_native(grad_scores_THK):
+        grads: tuple[Tensor, Tensor] = torch.ops.ultramem_native.product_topk_backward(
+            grad_scores_THK, addresses_THK, n
+        )
+        return grads
     t, h, _ = grad_scores_THK.shape
     zeros = grad_scores_THK.new_zeros(t, h, n)
     return (

@@ -14,7 +14,7 @@ from torch import Tensor
 from ultramem.ops import _checks as checks
 from ultramem.ops._registration import accumulation_dtype, opaque_op, traceable_op
 from ultramem.ops._top_k import pack, top_addresses, unpack_addresses
-from ultramem.ops.implementation import runs_triton
+from ultramem.ops.implementation import runs_native, runs_triton
 from ultramem.ops.product_topk import TopK, require_k
 
 Candidates = Literal["one_tailed", "two_tailed"]
@@ -91,6 +91,13 @@ def _tucker_topk(
         from ultramem.ops.triton import select
 
         return select.tucker_topk(row_scores_THRN, col_scores_THRN, cores_HCRR, u_HR, t_HR, k, candidates)
+    if runs_native(row_scores_THRN):
+        weights = [x.to(accumulation_dtype(row_scores_THRN.dtype)) for x in (cores_HCRR, u_HR, t_HR)]
+        two_tails = candidates == "two_tailed"
+        top: tuple[Tensor, Tensor] = torch.ops.ultramem_native.tucker_topk(
+            row_scores_THRN, col_scores_THRN, *weights, k, tail_length(k) if two_tails else k, two_tails
+        )
+        return top
     return _tucker_topk_aten(row_scores_THRN, col_scores_THRN, cores_HCRR, u_HR, t_HR, k, candidates)
 
 
@@ -168,6 +175,12 @@ def _tucker_topk_backward(
         return select_backward.tucker_topk_backward(
             grad_scores_THKC, row_scores_THRN, col_scores_THRN, cores_HCRR, addresses_THK
         )
+    if runs_native(row_scores_THRN):
+        cores = cores_HCRR.to(accumulation_dtype(row_scores_THRN.dtype))
+        grad_row, grad_col, grad_cores = torch.ops.ultramem_native.tucker_topk_backward(
+            grad_scores_THKC, row_scores_THRN, col_scores_THRN, cores, addresses_THK
+        )
+        return grad_row, grad_col, grad_cores.to(cores_HCRR.dtype)
     t, h, r, n = row_scores_THRN.shape
     k = addresses_THK.shape[-1]
     dtype = accumulation_dtype(row_scores_THRN.dtype)

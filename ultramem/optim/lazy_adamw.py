@@ -5,12 +5,13 @@ Shapes: N rows, D columns, U touched rows.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ultramem import ops
+from ultramem.ops.update_rows import power
 from ultramem.optim.schedule import require_decaying_drift
 from ultramem.optim.table_optimizer import Group, State, TableOptimizer, _update_dtype
 
@@ -62,27 +63,19 @@ class LazyAdamW(TableOptimizer):
         missed_U = now - state["last_step"].index_select(0, rows_U)
         for name, beta in zip(("exp_avg", "exp_avg_sq"), self.betas, strict=True):
             moment_UD = state[name].index_select(0, rows_U)
-            state[name].index_copy_(0, rows_U, moment_UD.mul_(_power(beta, missed_U, moment_UD.dtype)))
+            state[name].index_copy_(0, rows_U, moment_UD.mul_(power(beta, missed_U, moment_UD.dtype)))
 
     def _update(
         self, parameter: Tensor, state: State, group: Group, rows_U: Tensor, grads_UD: Tensor, now: int
     ) -> None:
-        lr, (beta1, beta2) = group["lr"], self.betas
-        values_UD = self._caught_up(parameter, rows_U)
-        missed_U = now - 1 - state["last_step"].index_select(0, rows_U)
-        exp_avg_UD = state["exp_avg"].index_select(0, rows_U).mul_(_power(beta1, missed_U, values_UD.dtype))
-        exp_avg_UD.lerp_(grads_UD, 1 - beta1)
-        exp_avg_sq_UD = state["exp_avg_sq"].index_select(0, rows_U).mul_(_power(beta2, missed_U + 1, values_UD.dtype))
-        exp_avg_sq_UD.addcmul_(grads_UD, grads_UD, value=1 - beta2)
-        denominator_UD = exp_avg_sq_UD.sqrt().div_(math.sqrt(1 - beta2**now)).add_(self.eps)
-        values_UD.mul_(1 - lr * group["weight_decay"])
-        values_UD.addcdiv_(exp_avg_UD, denominator_UD, value=-lr / (1 - beta1**now))
-        self._write(parameter, rows_U, values_UD, now)
-        state["exp_avg"].index_copy_(0, rows_U, exp_avg_UD)
-        state["exp_avg_sq"].index_copy_(0, rows_U, exp_avg_sq_UD)
-        state["last_step"].index_fill_(0, rows_U, now)
-
-
-def _power(base: float, exponent_U: Tensor, dtype: torch.dtype) -> Tensor:
-    """`base ** exponent` [U,1], computed in float64."""
-    return (base ** exponent_U.double()).to(dtype).unsqueeze(1)
+        ops.adamw_rows_(
+            parameter,
+            self.lazy_rows(parameter),
+            rows_U,
+            grads_UD,
+            step=now,
+            lr=group["lr"],
+            betas=self.betas,
+            weight_decay=group["weight_decay"],
+            seed=self.seed,
+        )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultramem import ops
 from ultramem.optim.table_optimizer import Group, State, TableOptimizer, _update_dtype
 
 
@@ -48,11 +49,14 @@ class RowAdagrad(TableOptimizer):
     def _update(
         self, parameter: Tensor, state: State, group: Group, rows_U: Tensor, grads_UD: Tensor, now: int
     ) -> None:
-        lr = group["lr"]
-        values_UD = self._caught_up(parameter, rows_U)
-        row_sum_U = state["row_sum"].index_select(0, rows_U) + grads_UD.square().mean(1)
-        values_UD.mul_(1 - lr * group["weight_decay"])
-        values_UD.addcdiv_(grads_UD, row_sum_U.sqrt().add_(self.eps).unsqueeze(1), value=-lr)
-        self._write(parameter, rows_U, values_UD, now)
-        state["row_sum"].index_copy_(0, rows_U, row_sum_U)
-        state["last_step"].index_fill_(0, rows_U, now)
+        ops.adagrad_rows_(
+            parameter,
+            self.lazy_rows(parameter),
+            state["row_sum"],
+            rows_U,
+            grads_UD,
+            step=now,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            seed=self.seed,
+        )

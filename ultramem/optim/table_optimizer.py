@@ -1,4 +1,4 @@
-"""What the optimisers of tables share: touched rows in cache-sized chunks, the debt of the others, rounding, resuming.
+"""What the optimisers of tables share: the touched rows, the debt of the others, rounding, resuming.
 
 Shapes: N rows, D columns, U touched rows, S steps (or more) in the schedule.
 """
@@ -6,7 +6,7 @@ Shapes: N rows, D columns, U touched rows, S steps (or more) in the schedule.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ultramem import ops
 from ultramem.ops.catch_up import chunk_rows
+from ultramem.ops.update_rows import write_rows_
 from ultramem.optim.schedule import advance_, new_schedule, of_any_length, with_room_for
 from ultramem.optim.sparse_gradient import coalesced
 
@@ -95,8 +96,8 @@ class TableOptimizer(torch.optim.Optimizer):
     def _step_table(self, parameter: Tensor, group: Group) -> None:
         state = self.state[parameter]
         now = int(state["step"]) + 1
-        for rows_U, grads_UD in _row_chunks(parameter):
-            self._update(parameter, state, group, rows_U, grads_UD, now)
+        rows_U, grads_UD = _touched(parameter)
+        self._update(parameter, state, group, rows_U, grads_UD, now)
         schedule = with_room_for(state["schedule"], now)
         advance_(schedule, now, lr=group["lr"], weight_decay=group["weight_decay"], betas=self.betas)
         state["step"].fill_(now)
@@ -119,7 +120,8 @@ class TableOptimizer(torch.optim.Optimizer):
             chunk = chunk_rows(parameter)
             for start in range(0, parameter.shape[0], chunk):
                 rows_U = torch.arange(start, min(start + chunk, parameter.shape[0]), device=parameter.device)
-                self._write(parameter, rows_U, self._caught_up(parameter, rows_U), now)
+                fresh_UD = ops.catch_up_rows(parameter, self.lazy_rows(parameter), rows_U)
+                write_rows_(parameter, rows_U, fresh_UD, step=now, seed=self.seed)
                 self._catch_up_moments(state, rows_U, now)
                 state["last_step"].index_fill_(0, rows_U, now)
 
@@ -145,17 +147,6 @@ class TableOptimizer(torch.optim.Optimizer):
 
     def _catch_up_moments(self, state: State, rows_U: Tensor, now: int) -> None:
         """Bring what else is kept by row to `now` (nothing, unless a subclass says so)."""
-
-    def _caught_up(self, parameter: Tensor, rows_U: Tensor) -> Tensor:
-        """Rows of the table [U,D], up to date, in the dtype in which they are updated."""
-        return ops.catch_up_(
-            parameter.index_select(0, rows_U).to(_update_dtype(parameter)), self.lazy_rows(parameter), rows_U
-        )
-
-    def _write(self, parameter: Tensor, rows_U: Tensor, values_UD: Tensor, now: int) -> None:
-        if parameter.dtype == torch.bfloat16:
-            values_UD = ops.round_stochastically(values_UD, rows_U, seed=self.seed, step=now)
-        parameter.index_copy_(0, rows_U, values_UD)
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:
@@ -188,17 +179,13 @@ class _LinkedState(defaultdict[Tensor, State]):
         self._owner._show(parameter)
 
 
-def _row_chunks(parameter: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Touched rows [U] and their gradients [U,D] in the dtype of the update, a chunk at a time."""
+def _touched(parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """Touched rows [U], each named once, and their gradients [U,D]."""
     assert parameter.grad is not None
-    chunk = chunk_rows(parameter)
     if parameter.grad.layout == torch.sparse_coo:
         gradient = coalesced(parameter.grad)
-        rows_U, grads_UD = gradient._indices()[0], gradient._values()
-    else:
-        rows_U, grads_UD = torch.arange(parameter.shape[0], device=parameter.device), parameter.grad
-    for rows, grads in zip(rows_U.split(chunk), grads_UD.split(chunk), strict=True):
-        yield rows, grads.to(_update_dtype(parameter))
+        return gradient._indices()[0], gradient._values()
+    return torch.arange(parameter.shape[0], device=parameter.device), parameter.grad
 
 
 def _update_dtype(parameter: Tensor) -> torch.dtype:

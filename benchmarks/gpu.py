@@ -1,0 +1,150 @@
+"""Everything that needs a GPU, in one command of at most nine minutes: tests, then benchmarks, then a table.
+
+    python -m benchmarks.gpu             (or: make gpu)
+    python -m benchmarks.gpu --dry-run   the same script on a CPU: small shapes, kernels in Triton's interpreter
+
+Needs torch, triton and pytest, and nothing else: no installation, no network. Test files run side by side, each in a
+process of its own; benchmark rows one after the other, the most important first, each in a process with its own time
+limit, so that a crash loses one row. What has not begun by the deadline is recorded as not run. The results are one
+JSON file, named after the device, in $OUT or else in benchmarks/results; it is complete after every row.
+
+Ends 1 if a test failed, a result was refused or a row was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.results import Results
+from benchmarks.harness.row import selected
+from benchmarks.harness.scheduler import LostError, Plan, probe_machine, run_rows, run_within
+from benchmarks.harness.source import ROOT, Source, source
+from benchmarks.harness.table import goals_table
+
+MINUTES = 9.0
+RESERVE_S = 15.0  # for the table, and for what a stopped row takes to end
+TESTS_LIMIT_S = 150.0
+TEST_FILES = ("tests/ops", "tests/optim")
+REHEARSED_TESTS = ("tests/ops/test_permute_addresses.py",)  # CI runs all of them anyway
+RESULTS = Path(__file__).parent / "results"
+
+
+def test_files(*, dry_run: bool) -> list[str]:
+    """One process each; the longest first."""
+    if dry_run:
+        return list(REHEARSED_TESTS)
+    files = [path for folder in TEST_FILES for path in (ROOT / folder).glob("test_*.py")]
+    return [str(path.relative_to(ROOT)) for path in sorted(files, key=lambda path: -path.stat().st_size)]
+
+
+def run_tests(files: Sequence[str], *, limit_s: float, dry_run: bool) -> list[dict[str, Any]]:
+    """Counts of each file, run side by side."""
+    workers = max(1, min(len(files), (os.cpu_count() or 2) // 2))
+    deadline = time.monotonic() + limit_s
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda file: _run_test_file(file, deadline, dry_run=dry_run), files))
+
+
+def _run_test_file(file: str, deadline: float, *, dry_run: bool) -> dict[str, Any]:
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        return {"file": file, "status": "not run"}
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
+        report, log = Path(folder) / "report.xml", Path(folder) / "log"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", file]
+        command += ["-x", "-k", "not inductor"] if dry_run else ["-m", "gpu and not slow"]
+        environment = dict(os.environ)
+        if not dry_run:
+            environment.pop("TRITON_INTERPRET", None)
+        with log.open("w") as stdout:
+            status = run_within(command, left_s, environment, stdout=stdout)
+        if report.exists():
+            suite = ElementTree.parse(report).getroot().find("testsuite")
+            counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+            failed = [
+                f"{case.get('classname')}::{case.get('name')}"
+                for case in suite.iter("testcase")
+                if case.find("failure") is not None or case.find("error") is not None
+            ]
+            bad = counts["failures"] + counts["errors"]
+            return {"file": file, "status": "failed" if bad else "passed", **counts, "failed": failed}
+        how = "stopped at its limit" if status is None else f"exit status {status}"
+        nothing = status == 5  # pytest's "no test was selected"
+        tail = log.read_text(errors="replace")[-600:]
+        return {"file": file, "status": "nothing to run"} if nothing else {"file": file, "status": how, "log": tail}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="rehearse on a CPU; times are no figures")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all of it (default: {MINUTES:g})")
+    parser.add_argument("--no-tests", action="store_true", help="benchmarks alone")
+    parser.add_argument("--rows", default="", help="names, their beginnings or globs, with commas between")
+    parser.add_argument("--commit", help="to record where the checkout has no git")
+    parser.add_argument("--subjects", default="benchmarks.subjects", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    plan = Plan(
+        suite="gpu",
+        subjects=options.subjects,
+        rehearse=options.dry_run,
+        again=True,
+        deadline=began + 60 * options.minutes - RESERVE_S,
+    )
+    found = importlib.import_module(options.subjects).rows("gpu", rehearse=options.dry_run)
+    rows = selected(found, [pattern for pattern in options.rows.split(",") if pattern])
+    try:
+        probed = probe_machine(plan)
+    except LostError as error:
+        print(f"benchmarks.gpu: the device cannot be measured: {error}", file=sys.stderr)
+        return 2
+    out = Path(os.environ.get("OUT") or RESULTS) / f"{file_name(probed['device'], dry_run=options.dry_run)}.json"
+    out.unlink(missing_ok=True)  # of an earlier run; this one is whole by itself
+    results = Results(out, "gpu", [row.name for row in rows])
+    if not options.no_tests:
+        limit_s = min(TESTS_LIMIT_S, plan.deadline - time.monotonic())
+        results.tests = run_tests(test_files(dry_run=options.dry_run), limit_s=limit_s, dry_run=options.dry_run)
+        results.write()
+    interrupted = False
+    try:
+        known = Source(options.commit, False) if options.commit else None
+        run_rows(rows, results, plan, probed=probed, find_source=lambda: known or source())
+    except KeyboardInterrupt:
+        interrupted = True
+    document = results.document()
+    print(goals_table(document))
+    print(f"{out}, {time.monotonic() - began:.0f} s")
+    print(json.dumps({"benchmark": "gpu", "file": str(out), "ok": is_good(document)}))
+    return 130 if interrupted else 0 if is_good(document) else 1
+
+
+def file_name(device: str, *, dry_run: bool) -> str:
+    kind = "rehearsal" if dry_run else "gpu"
+    return f"{kind}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}"
+
+
+def is_good(document: dict[str, Any]) -> bool:
+    """Did every test pass and every row that began give a result?"""
+    tests = all(test["status"] in ("passed", "nothing to run") for test in document.get("tests", ()))
+    rows = all(
+        row["status"] == "not run"
+        or (row["status"] == "measured" and all(c["status"] in ("measured", "unavailable") for c in row["contenders"]))
+        for row in document["rows"]
+    )
+    return tests and rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Build the C++ kernels beside their sources: `python -m ultramem.ops.native.build`.
+
+One library for each instruction set, named after it and after a hash of the sources, so that one built from other
+sources is never taken for these. Nothing but the standard library is imported: the installer runs this file where
+neither PyTorch nor this package can be imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+COMMAND = "python -m ultramem.ops.native.build"
+
+# A name that the loader understands (library.py), and the flags that make a library of it.
+_X86_VARIANTS: dict[str, tuple[str, ...]] = {"avx512": ("-march=x86-64-v4",), "avx2": ("-march=x86-64-v3",)}
+_OTHER_VARIANTS: dict[str, tuple[str, ...]] = {"default": ()}
+
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",  # a * b + c in one rounding, in vectors and in what is left beside them alike
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-DNDEBUG",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # 2.11, the oldest that pyproject.toml takes
+    "-Wall",
+    "-Wno-maybe-uninitialized",  # GCC 12 says so of its own AVX-512 header
+    "-Wno-psabi",
+)
+
+
+_LINES_OF_COMPILER = 12  # of what it said: templates fill pages after the first error
+
+
+class BuildError(RuntimeError):
+    """What is missing for a build, or what the compiler said."""
+
+
+def variants() -> dict[str, tuple[str, ...]]:
+    """The libraries that this machine's kind of processor may load, and their flags."""
+    return _X86_VARIANTS if platform.machine().lower() in ("x86_64", "amd64") else _OTHER_VARIANTS
+
+
+@cache
+def sources_hash() -> str:
+    """Of all that a library is made from, flags included."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted((*FOLDER.glob("*.h"), FOLDER / "library.cc", Path(__file__))):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def library_file(variant: str, folder: Path = FOLDER) -> Path:
+    return folder / f"ultramem_native-{variant}-{sources_hash()}.so"
+
+
+def other_libraries(folder: Path = FOLDER) -> list[Path]:
+    """Libraries that were built from other sources than those that are here now."""
+    return [file for file in folder.glob("ultramem_native-*.so") if sources_hash() not in file.name]
+
+
+def build(folder: Path = FOLDER) -> list[Path]:
+    """Compile every variant that is not in `folder` yet, remove libraries of other sources, return the files.
+
+    Raises:
+        BuildError: no compiler, no PyTorch headers, a system that is not supported, or the compiler failed.
+    """
+    compiler, torch = _compiler(), _torch_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    stale, built = other_libraries(folder), []
+    for variant, flags in variants().items():
+        target = library_file(variant, folder)
+        built.append(target)
+        if target.is_file():
+            continue
+        written = target.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole: another process may be loading
+        command = [
+            *(compiler, *_FLAGS, *flags),
+            *("-isystem", str(torch / "include")),
+            *(str(FOLDER / "library.cc"), "-o", str(written)),
+            # Found by name at load time: PyTorch is in the process already.
+            *(f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"),
+        ]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                said = "\n".join(result.stderr.strip().splitlines()[:_LINES_OF_COMPILER])
+                raise BuildError(f"{' '.join(command)} failed:\n{said}")
+            written.replace(target)
+        finally:
+            written.unlink(missing_ok=True)
+    for file in stale:
+        file.unlink()
+    return built
+
+
+def _compiler() -> str:
+    if sys.platform != "linux":
+        raise BuildError(f"the C++ kernels are built on Linux, not on {sys.platform}")
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):  # CXX: what every build tool reads
+        if name and (found := shutil.which(name)):
+            return found
+    raise BuildError("no C++ compiler was found (CXX, g++, clang++ or c++)")
+
+
+def _torch_folder() -> Path:
+    """PyTorch as it is installed for this interpreter, even where an isolated build hides it from `import`."""
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(spec.origin).parent] if spec and spec.origin else []
+    folders += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
+    for folder in folders:
+        if (folder / "include/torch/csrc/stable/library.h").is_file():
+            return folder
+    raise BuildError(f"no PyTorch headers in {' or '.join(map(str, dict.fromkeys(folders)))}: install torch first")
+
+
+if __name__ == "__main__":
+    try:
+        for file in build():
+            print(file)
+    except BuildError as error:
+        sys.exit(f"error: {error}")
