@@ -49,6 +49,8 @@ ROW_SHIFT, COLUMN_SHIFT = 3, 7
 # The shortlist holds this many times the keys that are expected to reach the floor: 3 to 6 standard deviations more.
 SHORTLIST_ROOM = 1.2
 MIN_SLOTS = 32
+# Comparisons of a thread that are counted at once when a shortlist is ranked.
+COMPARISONS = 8
 # Maxima span about 2^24 ordered integers, a few octaves of floats: 12 bits tell them apart to a thousandth.
 FLOOR_BITS = 12
 
@@ -126,14 +128,9 @@ def _lowest_mark(marks):
 
 
 @triton.jit
-def _rank(packed):
-    """How many of a list of [L,SLOTS] are better, each."""
-    return tl.sum((packed[:, :, None] > packed[:, None, :]).to(tl.int32), 1)
-
-
-@triton.jit
 def _cell(
-    turn,
+    down,
+    right,
     half,
     group,
     S: tl.constexpr,
@@ -142,18 +139,16 @@ def _cell(
     ROW_SHIFT: tl.constexpr,
     COLUMN_SHIFT: tl.constexpr,
 ):
-    """Tail, row and column, both by rank, of a group's cell in a turn; some are past the S rows or columns.
+    """Tail, row and column, both by rank, of a group's cell; some are past the S rows or columns.
 
-    The two halves of a turn are blocks one below the other.
+    `down` counts pairs of blocks, one below the other, and goes on into the next tail; `right` counts blocks.
     """
     BLOCK_ROWS: tl.constexpr = GROUPS // BLOCK_COLUMNS
     PAIRS: tl.constexpr = (S + 2 * BLOCK_ROWS - 1) // (2 * BLOCK_ROWS)
-    RIGHT: tl.constexpr = (S + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    right = turn % RIGHT
-    pair = turn // RIGHT % PAIRS
-    i = half * BLOCK_ROWS + (group // BLOCK_COLUMNS + ROW_SHIFT * right) % BLOCK_ROWS + pair * (2 * BLOCK_ROWS)
-    j = (group % BLOCK_COLUMNS + COLUMN_SHIFT * half + 2 * COLUMN_SHIFT * pair) % BLOCK_COLUMNS + right * BLOCK_COLUMNS
-    return turn // (RIGHT * PAIRS), i, j
+    block = down % PAIRS * 2 + half
+    i = block * BLOCK_ROWS + (group // BLOCK_COLUMNS + ROW_SHIFT * right) % BLOCK_ROWS
+    j = right * BLOCK_COLUMNS + (group % BLOCK_COLUMNS + COLUMN_SHIFT * block) % BLOCK_COLUMNS
+    return down // PAIRS, i, j
 
 
 @triton.jit
@@ -201,8 +196,10 @@ def topk_kernel(
     CHUNKS: tl.constexpr,
     UNROLL: tl.constexpr,
     SLOTS: tl.constexpr,
+    RIVALS: tl.constexpr,
     FLOOR_BITS: tl.constexpr,
-    TURNS: tl.constexpr,
+    DOWN: tl.constexpr,
+    RIGHT: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     ROW_SHIFT: tl.constexpr,
     COLUMN_SHIFT: tl.constexpr,
@@ -224,11 +221,9 @@ def topk_kernel(
     cores += head * (C * R * R)
     found += pair * ((LISTS + 1) * SLOTS)
     chosen += pair * (LISTS * (R + 1) * S)
-    a = tl.arange(0, SLOTS)[None, :]
-    area = tl.arange(0, LISTS)[:, None] * SLOTS
-    tl.store(found + area + a, tl.zeros([LISTS, SLOTS], tl.int64))
-    tl.store(found + LISTS * SLOTS + a, tl.zeros([1, SLOTS], tl.int64))
-    tl.debug_barrier()  # the scratch is empty
+    everywhere = tl.arange(0, 2 * LISTS * SLOTS)
+    tl.store(found + everywhere, tl.zeros_like(everywhere).to(tl.int64), mask=everywhere < (LISTS + 1) * SLOTS)
+    tl.debug_barrier()  # the shortlists are empty
 
     # Both sides at once, [2, GROUPS, VECTOR] scores a chunk, VECTOR of them side by side in memory.
     side = tl.arange(0, 2)[:, None]
@@ -284,8 +279,15 @@ def topk_kernel(
             tl.store(to + e, packed_key(ordered_key(y) ^ flip, listed.to(tl.uint32)), mask=some)
     tl.debug_barrier()  # slots were written by other threads
 
+    # The rank of a key is how many of its list are better.
+    a = tl.arange(0, SLOTS)[None, :]
+    area = tl.arange(0, LISTS)[:, None] * SLOTS
     mine = tl.load(found + area + a).to(tl.uint64)
-    rank = _rank(mine)
+    better = tl.zeros([LISTS, RIVALS, SLOTS], tl.int32)
+    for first in range(0, SLOTS, RIVALS):
+        rival = tl.load(found + area + first + tl.arange(0, RIVALS)[None, :]).to(tl.uint64)
+        better += (rival[:, :, None] > mine[:, None, :]).to(tl.int32)
+    rank = tl.sum(better, 1)
     at_kept = packed_address(mine)
     is_row = (area // SLOTS) % 2 == 0
     chosen_at = chosen + (area // SLOTS) * ((R + 1) * S) + rank
@@ -304,7 +306,7 @@ def topk_kernel(
     tl.debug_barrier()
 
     # Cells, those of two blocks a turn: [1, 2 * GROUPS].
-    CELL_MARKS: tl.constexpr = tl.uint32 if TURNS <= 32 else tl.uint64
+    CELL_MARKS: tl.constexpr = tl.uint32 if DOWN * RIGHT <= 32 else tl.uint64
     half = tl.arange(0, 2 * GROUPS)[None, :] // GROUPS
     group = tl.arange(0, 2 * GROUPS)[None, :] % GROUPS
     limit = tl.zeros([1], tl.uint64)
@@ -314,43 +316,51 @@ def topk_kernel(
         candidate = _candidate(limit, round)
         best = tl.zeros([1, 2 * GROUPS], tl.uint32)
         marks = tl.zeros([1, 2 * GROUPS], CELL_MARKS)
-        for turn in tl.static_range(TURNS):
-            of_tail, down, right = _cell(turn, half, group, S, GROUPS, BLOCK_COLUMNS, ROW_SHIFT, COLUMN_SHIFT)
-            valid = (down < S) & (right < S)
-            row_at = chosen + of_tail * (2 * (R + 1) * S) + down
-            col_at = chosen + (of_tail * 2 + 1) * ((R + 1) * S) + right
-            if OVERLAP:  # a cell of both tails counts once
-                row_twice = down < 0
-                col_twice = right < 0
-                for s in range(S):
-                    high_row = tl.load(chosen + R * S + s).to(tl.int32, bitcast=True)
-                    high_col = tl.load(chosen + (2 * R + 1) * S + s).to(tl.int32, bitcast=True)
-                    row_twice = row_twice | (_position(row_at, valid, S, R) == high_row)
-                    col_twice = col_twice | (_position(col_at, valid, S, R) == high_col)
-                valid = valid & ((of_tail == 0) | ~(row_twice & col_twice))
-            cell_score = _cell_score(row_at, col_at, valid, S, R, ADDITIVE)
-            cell_key = tl.where(valid, ordered_key(cell_score), 0)
-            best = tl.maximum(best, cell_key)
-            tied = valid & (down * 0 + round >= 2)  # addresses matter
-            place = _position(row_at, tied, S, R) * N + _position(col_at, tied, S, R)
-            reached = packed_key(cell_key, place.to(tl.uint32)) >= candidate[:, None]
-            marks += tl.where(reached, tl.full([], 1, CELL_MARKS) << turn, 0)
+        for down in range(DOWN):
+            for right in tl.static_range(RIGHT):
+                of_tail, i_rank, j_rank = _cell(
+                    down, right, half, group, S, GROUPS, BLOCK_COLUMNS, ROW_SHIFT, COLUMN_SHIFT
+                )
+                valid = (i_rank < S) & (j_rank < S)
+                row_at = chosen + of_tail * (2 * (R + 1) * S) + i_rank
+                col_at = chosen + (of_tail * 2 + 1) * ((R + 1) * S) + j_rank
+                if OVERLAP:  # a cell of both tails counts once
+                    row_twice = i_rank < 0
+                    col_twice = j_rank < 0
+                    for s in range(S):
+                        high_row = tl.load(chosen + R * S + s).to(tl.int32, bitcast=True)
+                        high_col = tl.load(chosen + (2 * R + 1) * S + s).to(tl.int32, bitcast=True)
+                        row_twice = row_twice | (_position(row_at, valid, S, R) == high_row)
+                        col_twice = col_twice | (_position(col_at, valid, S, R) == high_col)
+                    valid = valid & ((of_tail == 0) | ~(row_twice & col_twice))
+                cell_score = _cell_score(row_at, col_at, valid, S, R, ADDITIVE)
+                cell_key = tl.where(valid, ordered_key(cell_score), 0)
+                best = tl.maximum(best, cell_key)
+                tied = valid & (i_rank * 0 + round >= 2)  # addresses matter
+                place = _position(row_at, tied, S, R) * N + _position(col_at, tied, S, R)
+                reached = packed_key(cell_key, place.to(tl.uint32)) >= candidate[:, None]
+                marks += tl.where(reached, tl.full([], 1, CELL_MARKS) << (down * RIGHT + right), 0)
         round, limit = _next_round(round, limit, candidate, best, marks, K, SLOTS, FLOOR_BITS)
     count = _num_marks(marks)
     to = found + LISTS * SLOTS + tl.cumsum(count, 1) - count
     for e in range(tl.max(count)):
         mark, marks = _lowest_mark(marks)
-        of_tail, down, right = _cell(mark, half, group, S, GROUPS, BLOCK_COLUMNS, ROW_SHIFT, COLUMN_SHIFT)
+        down, right = mark // RIGHT, mark % RIGHT
+        of_tail, i_rank, j_rank = _cell(down, right, half, group, S, GROUPS, BLOCK_COLUMNS, ROW_SHIFT, COLUMN_SHIFT)
         some = e < count
-        row_at = chosen + of_tail * (2 * (R + 1) * S) + down
-        col_at = chosen + (of_tail * 2 + 1) * ((R + 1) * S) + right
+        row_at = chosen + of_tail * (2 * (R + 1) * S) + i_rank
+        col_at = chosen + (of_tail * 2 + 1) * ((R + 1) * S) + j_rank
         cell_score = _cell_score(row_at, col_at, some, S, R, ADDITIVE)
         place = _position(row_at, some, S, R) * N + _position(col_at, some, S, R)
         tl.store(to + e, packed_key(ordered_key(cell_score), place.to(tl.uint32)), mask=some)
     tl.debug_barrier()
 
     mine = tl.load(found + LISTS * SLOTS + a).to(tl.uint64)
-    rank = _rank(mine)
+    better = tl.zeros([1, RIVALS, SLOTS], tl.int32)
+    for first in range(0, SLOTS, RIVALS):
+        rival = tl.load(found + LISTS * SLOTS + first + tl.arange(0, RIVALS)[None, :]).to(tl.uint64)
+        better += (rival[:, :, None] > mine[:, None, :]).to(tl.int32)
+    rank = tl.sum(better, 1)
     kept = packed_address(mine)
     out = pair * K + rank
     tl.store(addresses + out, kept, mask=rank < K)
@@ -374,7 +384,9 @@ def topk_launch(n: int, r: int, c: int, k: int, *, candidates: str, additive: bo
     chunks = triton.cdiv(n, groups * vector)
     # Of keys in random order, -G log(1 - K/G) reach the K-th largest of G maxima.
     expected = -groups * math.log1p(-k / groups)
+    slots = max(MIN_SLOTS, next_power_of_2(math.ceil(SHORTLIST_ROOM * expected)))
     columns = BLOCK_COLUMNS[groups]
+    warps = 2 * groups // 32
     return {
         "N": n,
         "R": r,
@@ -388,13 +400,15 @@ def topk_launch(n: int, r: int, c: int, k: int, *, candidates: str, additive: bo
         "VECTOR": vector,
         "CHUNKS": chunks,
         "UNROLL": triton.cdiv(chunks, triton.cdiv(chunks, UNROLL)),
-        "SLOTS": max(MIN_SLOTS, next_power_of_2(math.ceil(SHORTLIST_ROOM * expected))),
+        "SLOTS": slots,
+        "RIVALS": min(slots, COMPARISONS * 32 * warps // (2 * tails * slots)),
         "FLOOR_BITS": FLOOR_BITS,
-        "TURNS": tails * triton.cdiv(size, 2 * groups // columns) * triton.cdiv(size, columns),
+        "DOWN": tails * triton.cdiv(size, 2 * groups // columns),
+        "RIGHT": triton.cdiv(size, columns),
         "BLOCK_COLUMNS": columns,
         "ROW_SHIFT": ROW_SHIFT,
         "COLUMN_SHIFT": COLUMN_SHIFT,
-        "num_warps": 2 * groups // 32,
+        "num_warps": warps,
     }
 
 
