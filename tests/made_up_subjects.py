@@ -18,7 +18,7 @@ TWICE = Goal(text="twice as fast as adding", quantity="speedup", bound=2.0, agai
 
 
 def rows(suite: str, *, rehearse: bool = False) -> list[Row]:
-    def row(subject: str, limit_s: float = 60.0) -> Row:
+    def row(subject: str, limit_s: float = 400.0) -> Row:
         return Row(
             subject=subject, size="small", tokens=4, dtype="float32", goals=(TWICE,), limit_s=limit_s, quick=True
         )

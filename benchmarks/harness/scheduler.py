@@ -19,7 +19,7 @@ from benchmarks.harness.results import Record, Results
 from benchmarks.harness.row import Row, Suite
 from benchmarks.harness.source import ROOT, Source, source
 
-PROBE_LIMIT_S = 120.0
+PROBE_LIMIT_S = 240.0
 STDERR_TAIL = 600  # characters kept of what a lost row said last
 
 

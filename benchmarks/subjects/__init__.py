@@ -43,7 +43,7 @@ def rows(suite: Suite, *, rehearse: bool = False) -> list[Row]:
 def _rehearsed(row: Row) -> Row:
     indices = "zipf" if row.indices else ""
     variant = "memory-lazy_adamw" if row.variant.startswith("memory-") else row.variant
-    return replace(row, size=REHEARSAL, tokens=2, dtype="float32", indices=indices, variant=variant, limit_s=90.0)
+    return replace(row, size=REHEARSAL, tokens=2, dtype="float32", indices=indices, variant=variant, limit_s=150.0)
 
 
 def build(row: Row, device: torch.device) -> Case:
