@@ -123,7 +123,7 @@ def lookup_reduce_variants(size: Size, dtype: str) -> Iterator[Variant]:
                 f"lookup_reduce int{bits} {name}",
                 lookup_reduce_quantized.lookup_reduce_quantized_kernel,
                 {"words": "*i32", "scales": "*fp32", **slots, **shape},
-                {**launch, "BITS": bits},
+                {**launch, "BITS": bits, "WORD": 8 * words.itemsize},
                 Budget(wide_loads=row_loads(launch, "fp32"), registers=128, barriers_in_loop=0),
             )
 

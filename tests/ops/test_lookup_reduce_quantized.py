@@ -73,6 +73,17 @@ def test_rounding_is_to_the_nearest(dtype: torch.dtype, bits: int) -> None:
     assert torch.equal(restored.abs().amax(1).argsort(), values.float().abs().amax(1).argsort())
 
 
+def test_float8_rows_keep_four_significant_bits() -> None:
+    values = torch.randn(9, 10)
+    values[4] = 0
+    rows, scales = quantize_rows(values, floating=True)
+    assert rows.dtype == torch.float8_e4m3fn
+    restored = lookup_reduce_quantized(rows, scales, torch.arange(9).unsqueeze(1), torch.ones(9, 1, 1)).squeeze(1)
+    assert ((restored - values).abs() <= values.abs() / 16 + scales.unsqueeze(1) * 2**-10).all()
+    assert torch.equal(restored.abs().amax(1), values.abs().amax(1))
+    assert not restored[4].any()
+
+
 def test_rows_past_two_to_the_31_elements(implementation: Implementation) -> None:
     d, n = 1024, 2_300_000_000 // 1024
     rows = torch.empty(n, d, dtype=torch.int8)  # virtual memory, unread but for 3 rows
@@ -118,7 +129,11 @@ ROWS, SCALES = torch.zeros(6, 8, dtype=torch.int8), torch.ones(6)
 INDICES, SCORES = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 2)
 BAD = [
     ((ROWS[0], SCALES, INDICES, SCORES), ValueError, "rows_NB must have rank 2 [N,B], got shape (8,)"),
-    ((ROWS.float(), SCALES, INDICES, SCORES), TypeError, "rows_NB must have dtype torch.int8, or torch.uint8"),
+    (
+        (ROWS.float(), SCALES, INDICES, SCORES),
+        TypeError,
+        "rows_NB must have dtype torch.int8, torch.float8_e4m3fn, or torch.uint8 (packed int4), got torch.float32",
+    ),
     ((ROWS, SCALES.half(), INDICES, SCORES), TypeError, "scales_N must have dtype torch.float32, got torch.float16"),
     ((ROWS, SCALES[:5], INDICES, SCORES), ValueError, "scales_N must have shape (6,) (the rows of rows_NB), got (5,)"),
     ((ROWS, SCALES, INDICES, SCORES.double()), TypeError, "scores_TKC must have a dtype of float32, bfloat16, float16"),
@@ -141,6 +156,8 @@ def test_bad_arguments(args: tuple, error: type[Exception], message: str) -> Non
 def test_bad_tables_to_quantize() -> None:
     with pytest.raises(ValueError, match="bits must be 8 or 4, got 3"):
         quantize_rows(torch.zeros(2, 4), 3)
+    with pytest.raises(ValueError, match="bits must be 8 for floating rows, got 4"):
+        quantize_rows(torch.zeros(2, 4), 4, floating=True)
     with pytest.raises(ValueError, match="even number of columns for 4 bits, got 5"):
         quantize_rows(torch.zeros(2, 5), 4)
     with pytest.raises(TypeError, match="values_ND must have a dtype of float32"):

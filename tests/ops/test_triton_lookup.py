@@ -13,15 +13,19 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 pytest.importorskip("triton")
 
-from ultramem.ops import Implementation, lookup_dot, lookup_reduce, permute_addresses, reference, use_implementation
-from ultramem.ops.triton import (
-    dispatch,
+from ultramem.ops import (
+    Implementation,
+    lookup_dot,
+    lookup_reduce,
     lookup_reduce_quantized,
-    row_gradient,
-    score_gradient,
-    slot_order,
+    permute_addresses,
+    quantize_rows,
+    reference,
+    use_implementation,
 )
+from ultramem.ops.triton import dispatch, row_gradient, score_gradient, slot_order
 from ultramem.ops.triton import lookup_reduce as forward
+from ultramem.ops.triton import lookup_reduce_quantized as quantized
 
 SEED = 5
 # Of the paper's Table 6: slots of a token, columns of a core.
@@ -47,7 +51,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use_tile(monkeypatch: pytest.MonkeyPatch, tile: Callable[[dispatch.Lookup], dispatch.PoolTile]) -> None:
-    for module in (forward, lookup_reduce_quantized):
+    for module in (forward, quantized):
         monkeypatch.setattr(module, "pool_tile", lambda tokens, lookup, capability: tile(lookup))
 
 
@@ -156,67 +160,29 @@ def test_permutes_addresses_as_it_reads_them(device: torch.device, e: int, froze
     )
 
 
-def pack_int4(values_ND: Tensor) -> Tensor:
-    """Bytes [N,D/2], column 2i in the low half."""
-    low, high = values_ND.to(torch.int32).unflatten(1, (-1, 2)).unbind(-1)
-    return ((high & 15) << 4 | (low & 15)).to(torch.uint8)
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("tile", dispatch.TILES)
-@pytest.mark.parametrize(("bits", "seed"), [(8, None), (4, None), (8, SEED), (4, SEED)])
-def test_quantised_rows(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device, tile: Any, bits: int, seed: int | None
+@pytest.mark.parametrize(("bits", "floating"), [(8, False), (4, False), (8, True)])
+def test_every_tile_dequantises_rows(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, tile: Any, bits: int, floating: bool
 ) -> None:
     use_tile(monkeypatch, tile)
-    n, d, c, e = 9, 48, 2, 4
-    _, indices, scores, _ = make_inputs(2, 11, n, d, c, e, device)
-    integers = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, d), device=device, dtype=torch.int8)
-    integers[0] = -(2 ** (bits - 1))
-    scales = torch.rand(n, device=device)
-    stored = integers if bits == 8 else pack_int4(integers)
-    pooled = lookup_reduce_quantized.lookup_reduce_quantized(
-        stored, scales, indices, scores, e, torch.float32, permutation_seed=seed
-    )
-    virtual = indices if seed is None else permute_addresses(indices, n * e, seed)
-    rows = integers.double() * scales.double().unsqueeze(1)
-    exact = reference.lookup_reduce(rows, virtual, scores.double(), num_blocks=e)
-    # The bias of an element is three times its range: two bits of float32 at most, and a few for the sum.
-    allowed = 16 * torch.finfo(torch.float32).eps * (scales.max() * 2**bits * scores.abs().sum(1).max()).item()
+    values, addresses, scores, _ = make_inputs(2, 11, 9, 48, 2, 4, device)
+    rows, scales = quantize_rows(values, bits, floating=floating)
+    indices = permute_addresses(addresses, 9 * 4, SEED)
+    pooled = lookup_reduce_quantized(rows, scales, addresses, scores, num_blocks=4, permutation_seed=SEED)
+    exact = reference.lookup_reduce_quantized(rows, scales, indices, scores.double(), num_blocks=4)
+    # The bias of an integer is three times its range: two bits of float32, and a few for the sum.
+    allowed = 16 * torch.finfo(torch.float32).eps * (values.abs().max() * scores.abs().sum(1).max()).item()
     assert (pooled.double() - exact).abs().max().item() <= allowed
-
-
-@pytest.mark.usefixtures("poisoned")
-def test_rows_of_float8(device: torch.device) -> None:
-    n, d, c, e = 9, 48, 2, 4
-    _, indices, scores, _ = make_inputs(2, 11, n, d, c, e, device)
-    values, scales = torch.randn(n, d, device=device).to(torch.float8_e4m3fn), torch.rand(n, device=device)
-    pooled = forward.lookup_reduce_fp8(values, scales, indices, scores, e, None, torch.float32)
-    rows = values.double() * scales.double().unsqueeze(1)
-    exact = reference.lookup_reduce(rows, indices, scores.double(), num_blocks=e)
-    torch.testing.assert_close(pooled.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_float8_needs_a_device_that_has_it(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     monkeypatch.setattr(forward, "capability_of", lambda device: 80)
-    values, scales = torch.zeros(3, 4, device=device).to(torch.float8_e4m3fn), torch.ones(3, device=device)
-    _, indices, scores, _ = make_inputs(1, 2, 3, 4, 1, 1, device)
+    values, indices, scores, _ = make_inputs(1, 2, 3, 4, 1, 1, device)
+    rows, scales = quantize_rows(values, floating=True)
     with pytest.raises(ValueError, match=r"float8_e4m3fn need a GPU of compute capability 8\.9 or more, got 8\.0"):
-        forward.lookup_reduce_fp8(values, scales, indices, scores, 1, None, torch.float32)
-
-
-def test_quantised_rows_past_two_to_the_31_bytes(device: torch.device) -> None:
-    n, d = 2_300_000_000 // 64, 64
-    values = torch.empty(n, d, dtype=torch.int8, device=device)  # on a CPU: virtual memory, unread but for 2 rows
-    rows = torch.tensor([2**31 // d + 3, n - 1], device=device)
-    values[rows] = torch.randint(-128, 128, (2, d), dtype=torch.int8, device=device)
-    scales = torch.ones(n, device=device)
-    scores = torch.randn(1, 2, 1, device=device)
-    far = lookup_reduce_quantized.lookup_reduce_quantized(values, scales, rows.unsqueeze(0), scores, 1, torch.float32)
-    near = lookup_reduce_quantized.lookup_reduce_quantized(
-        values[rows], scales[:2], torch.tensor([[0, 1]], device=device), scores, 1, torch.float32
-    )
-    assert torch.equal(far, near)
+        lookup_reduce_quantized(rows, scales, indices, scores)
 
 
 @pytest.mark.parametrize("capability", dispatch.DEVICES)

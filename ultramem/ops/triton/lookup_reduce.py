@@ -125,15 +125,14 @@ def lookup_reduce_fp8(
     scores_TKC: Tensor,
     num_blocks: int,
     permutation_seed: int | None,
-    dtype: torch.dtype,
 ) -> Tensor:
-    """Pooled rows [T,E,D] in `dtype`, of float8 e4m3 values with a scale a row."""
+    """Pooled rows [T,E,D] in the dtype of the scores, of float8 e4m3 values with a scale a row."""
     capability = capability_of(values_ND.device)
     if capability < FP8_CAPABILITY:
         least, here = (f"{each // 10}.{each % 10}" for each in (FP8_CAPABILITY, capability))
         raise ValueError(f"values of {values_ND.dtype} need a GPU of compute capability {least} or more, got {here}")
     values_NB = values_ND.view(torch.uint8)
-    return _pool(values_NB, scales_N, indices_TK, scores_TKC, num_blocks, permutation_seed, dtype)
+    return _pool(values_NB, scales_N, indices_TK, scores_TKC, num_blocks, permutation_seed, scores_TKC.dtype)
 
 
 def _pool(

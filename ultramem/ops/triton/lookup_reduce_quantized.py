@@ -4,7 +4,7 @@ The scale of a row multiplies its weights where slots are ordered, once a slot, 
 float8 are served by `lookup_reduce` itself.
 
 Shapes: N rows, D value dim, T tokens, K slots a token, C cores, E blocks, G groups of blocks, X = D/C columns a core,
-W = X * bits / 32 words a core.
+W words a core.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ultramem.ops.triton.dispatch import Lookup, capability_of, pool_tile
-from ultramem.ops.triton.lookup_reduce import pool_launch
+from ultramem.ops.triton.lookup_reduce import lookup_reduce_fp8, pool_launch
 from ultramem.ops.triton.slot_order import count_of, new_slot_order, order_slots
 
-WORD_BITS = 32
+# Bits of a load's element; bytes, where a core's share of a row is no whole number of words.
+WORD, BYTE = 32, 8
 # Loads of rows that a lane has in its tile: unpacked, 4 are as many registers as 8 of bfloat16.
 ROW_LOADS = 4
 
@@ -39,7 +40,12 @@ def _fraction(words, at: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def _row_order(parts, COUNT: tl.constexpr):
     """Pooled columns as they lie in a row, from one tensor for each place in a word."""
-    if COUNT == 4:
+    if COUNT == 1:
+        return parts[0]
+    if COUNT == 2:
+        even = parts[0]
+        odd = parts[1]
+    elif COUNT == 4:
         even = tl.interleave(parts[0], parts[2])
         odd = tl.interleave(parts[1], parts[3])
     else:
@@ -64,6 +70,7 @@ def lookup_reduce_quantized_kernel(
     C: tl.constexpr,
     E: tl.constexpr,
     BITS: tl.constexpr,
+    WORD: tl.constexpr,
     GROUP: tl.constexpr,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -74,11 +81,11 @@ def lookup_reduce_quantized_kernel(
 ):
     """out[t,e,x] = sum over slots k of token t in block e of scores[t,k,core(x)] * scales[row(k)] * values[row(k),x].
 
-    As lookup_reduce_kernel, with COLUMNS in words of 32 bits. Their elements, in two's complement, are taken as
+    As lookup_reduce_kernel, with COLUMNS in words of WORD bits. Their elements, in two's complement, are taken as
     1.5 + value / 2^BITS; the 1.5 of each slot comes off the sum at the end, three bits of float32's 24.
     Bytes: K * D * BITS / 8 of rows a token, each once; the scales of its rows, 32 each where a sector is not in L2.
     """
-    COUNT: tl.constexpr = 32 // BITS
+    COUNT: tl.constexpr = WORD // BITS
     W: tl.constexpr = D // C // COUNT
     CHUNKS: tl.constexpr = (W + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
@@ -115,7 +122,7 @@ def lookup_reduce_quantized_kernel(
                 loaded = loaded + (tl.load(words + row[:, None] * (W * C) + column[None, :], mask=mask, other=0),)
             for i in tl.static_range(SLOTS // AT_ONCE):
                 total += weight[i]
-                biased = loaded[i] ^ FLIP
+                biased = loaded[i].to(tl.int32) ^ FLIP
                 added = ()
                 for at in tl.static_range(COUNT):
                     added = added + (acc[at] + weight[i][:, None] * _fraction(biased, at, BITS),)
@@ -132,9 +139,12 @@ def lookup_reduce_quantized_kernel(
 
 
 def quantized_lookup(k: int, d: int, c: int, num_blocks: int, *, bits: int) -> Lookup:
-    """The lookup as dispatch sees it, in words."""
-    words = d // c * bits // WORD_BITS
-    return Lookup(slots=k, columns=words, itemsize=WORD_BITS // 8, cores=c, blocks=num_blocks, row_loads=ROW_LOADS)
+    """The lookup as dispatch sees it, in words or bytes."""
+    core_bits = d // c * bits
+    word = WORD if core_bits % WORD == 0 else BYTE
+    return Lookup(
+        slots=k, columns=core_bits // word, itemsize=word // 8, cores=c, blocks=num_blocks, row_loads=ROW_LOADS
+    )
 
 
 def lookup_reduce_quantized(
@@ -143,23 +153,20 @@ def lookup_reduce_quantized(
     indices_TK: Tensor,
     scores_TKC: Tensor,
     num_blocks: int,
-    dtype: torch.dtype,
-    permutation_seed: int | None = None,
+    permutation_seed: int | None,
 ) -> Tensor:
-    """Pooled rows [T,E,D] in `dtype`: of int8 values [N,D], or of uint8 [N,D/2] with column 2i in the low half."""
+    """Pooled rows [T,E,D] in the dtype of the scores."""
+    if values_NB.dtype == torch.float8_e4m3fn:
+        return lookup_reduce_fp8(values_NB, scales_N, indices_TK, scores_TKC, num_blocks, permutation_seed)
     bits = 8 if values_NB.dtype == torch.int8 else 4
     n, row_bytes = map(int, values_NB.shape)
     t, k, c = scores_TKC.shape
     k, c, d = int(k), int(c), row_bytes * 8 // bits
-    if d // c * bits % WORD_BITS:
-        raise ValueError(
-            f"values must have a multiple of {WORD_BITS // bits} columns a core for the Triton kernels, got {d // c}; "
-            "use ultramem.ops.use_implementation(Implementation.ATEN)"
-        )
-    out_TED = scores_TKC.new_empty(t, num_blocks, d, dtype=dtype)
+    out_TED = scores_TKC.new_empty(t, num_blocks, d)
     if t == 0:
         return out_TED
     lookup = quantized_lookup(k, d, c, num_blocks, bits=bits)
+    word = 8 * lookup.itemsize
     tile = pool_tile(t, lookup, capability_of(values_NB.device))
     launch = pool_launch(tile, k, d, c, num_blocks, size=n * num_blocks, permutation_seed=permutation_seed)
     groups = triton.cdiv(num_blocks, tile.group)
@@ -177,6 +184,7 @@ def lookup_reduce_quantized(
         k,
         t,
         BITS=bits,
+        WORD=word,
         **launch,
     )
     return out_TED
