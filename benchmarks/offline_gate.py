@@ -1,6 +1,6 @@
 """Compile every Triton kernel at the paper's sizes, without a GPU, and read what the cubin says.
 
-    python -m benchmarks.offline_gate [--check | --update] [--size 1.6b] [--dtype bf16] [--capability 90] [--kernel X]
+    python -m benchmarks.offline_gate [--check | --update] [--quick] [--size 1.6b] [--dtype bf16] [--capability 90]
 
 Prints registers, spills, memory, access widths and occupancy. Ends 1 if a kernel spills, uses atomics or leaves the
 budget of benchmarks/gate_cases.py, and with --check if a row is worse than the committed one.
@@ -180,12 +180,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", action="append", choices=SIZES, help="one size of Table 6 (default: all)")
     parser.add_argument("--dtype", action="append", choices=ITEMSIZE, help="default: all")
     parser.add_argument("--capability", action="append", type=int, choices=CAPABILITIES, help="default: all")
+    parser.add_argument("--quick", action="store_true", help="as CI: bf16 everywhere, fp32 for sm_90a")
     parser.add_argument("--kernel", default="", help="only kernels whose name holds this text")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     options = parser.parse_args(arguments)
     if "TRITON_INTERPRET" in os.environ:
         parser.error("offline_gate compiles kernels: run it without TRITON_INTERPRET")
-    if options.update and (options.size or options.dtype or options.capability or options.kernel):
+    if options.update and (options.size or options.dtype or options.capability or options.kernel or options.quick):
         parser.error("--update writes the whole table: give it no part")
 
     def within(row: static_table.Row) -> bool:
@@ -194,6 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
             and row["dtype"] in (options.dtype or ITEMSIZE)
             and row["arch"] in [arch_name(capability) for capability in options.capability or CAPABILITIES]
             and options.kernel in row["kernel"]
+            and (not options.quick or row["dtype"] == "bf16" or row["arch"] == "sm_90a")
         )
 
     todo = {index: case for index, case in enumerate(cases()) if within(case_key(case))}
