@@ -180,9 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", action="append", choices=SIZES, help="one size of Table 6 (default: all)")
     parser.add_argument("--dtype", action="append", choices=ITEMSIZE, help="default: all")
     parser.add_argument("--capability", action="append", type=int, choices=CAPABILITIES, help="default: all")
-    parser.add_argument(
-        "--quick", action="store_true", help="bf16 for every architecture, fp32 for sm_90a: what CI does"
-    )
+    parser.add_argument("--quick", action="store_true", help="as CI: bf16 everywhere, fp32 for sm_90a")
     parser.add_argument("--kernel", default="", help="only kernels whose name holds this text")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     options = parser.parse_args(arguments)
