@@ -20,7 +20,18 @@ from typing import Any, NamedTuple
 
 from benchmarks.cubin import WIDEST_ACCESS_BYTES
 from benchmarks.occupancy import THREADS_PER_WARP
-from ultramem.ops.triton import lookup_reduce, permute_addresses, select, select_backward, select_two_launches
+from ultramem.ops.triton import (
+    dispatch,
+    lookup_reduce,
+    lookup_reduce_quantized,
+    permute_addresses,
+    row_gradient,
+    score_gradient,
+    select,
+    select_backward,
+    select_two_launches,
+    sorted_slots,
+)
 
 RANKS, CORES, BLOCKS, HEADS = 2, 2, 4, 2
 CAPABILITIES = (80, 90, 100)
@@ -84,35 +95,80 @@ def row_loads(launch: dict[str, Any], dtype: str, *, tiles: int = 1, rows: int |
     return int(tiles * elements * ITEMSIZE[dtype] // (lanes * WIDEST_ACCESS_BYTES))
 
 
+def tiles_of(lookup: dispatch.Lookup) -> dict[str, dispatch.PoolTile]:
+    """The tiles that dispatch picks on some device, by name."""
+    picked = {tile for capability in CAPABILITIES for _, tile in dispatch.pool_tiles(lookup, capability)}
+    built = {build.__name__.removesuffix("_tokens"): build(lookup) for build in dispatch.TILES}
+    return {name: tile for name, tile in built.items() if tile in picked}
+
+
 def lookup_reduce_variants(size: Size, dtype: str) -> Iterator[Variant]:
-    x = f"*{dtype}"
-    shape = {"N": "i32", "K": "i32"}
-    lookup = {"values": x, "indices": "*i64", "scores": x}
-    forward = lookup_reduce.forward_launch(size.value_dim, CORES, BLOCKS)
+    x, d, k, itemsize = f"*{dtype}", size.value_dim, size.top_m * HEADS, ITEMSIZE[dtype]
+    slots = {"indices": "*i64", "scores": x, "rows": "*i32", "weights": "*fp32"}
+    shape = {"out": x, "N": "i32", "K": "i32", "T": "i32"}
+    lookup = dispatch.Lookup(slots=k, columns=d // CORES, itemsize=itemsize, cores=CORES, blocks=BLOCKS)
+    for name, tile in tiles_of(lookup).items():
+        for how, seed in {"": None, " permuted": 0}.items():
+            launch = lookup_reduce.pool_launch(tile, k, d, CORES, BLOCKS, size=size.side**2, permutation_seed=seed)
+            yield Variant(
+                f"lookup_reduce {name}{how}",
+                lookup_reduce.lookup_reduce_kernel,
+                {"values": x, **slots, **shape},
+                {**launch, "scales": None},
+                Budget(wide_loads=row_loads(launch, dtype), registers=64, barriers_in_loop=0),
+            )
+    for bits in (8, 4):
+        words = lookup_reduce_quantized.quantized_lookup(k, d, CORES, BLOCKS, bits=bits)
+        for name, tile in tiles_of(words).items():
+            launch = lookup_reduce.pool_launch(tile, k, d, CORES, BLOCKS, size=size.side**2, permutation_seed=0)
+            yield Variant(
+                f"lookup_reduce int{bits} {name}",
+                lookup_reduce_quantized.lookup_reduce_quantized_kernel,
+                {"words": "*i32", "scales": "*fp32", **slots, **shape},
+                {**launch, "BITS": bits},
+                Budget(wide_loads=row_loads(launch, "fp32"), registers=128, barriers_in_loop=0),
+            )
+
+
+def lookup_reduce_backward_variants(size: Size, dtype: str) -> Iterator[Variant]:
+    x, d, itemsize = f"*{dtype}", size.value_dim, ITEMSIZE[dtype]
+    counts = {"K": "i32", "count": "i32"}
+    written = {"targets": "*i64", "grad_rows": x}
+    for name, need_scores in {"row and score": True, "row": False}.items():
+        launch = row_gradient.row_gradient_launch(2**20, d, CORES, BLOCKS, itemsize=itemsize, need_scores=need_scores)
+        yield Variant(
+            f"lookup_reduce {name} gradient",
+            row_gradient.row_gradient_kernel,
+            {"grad": x, "values": x, "scores": x, "keys": "*i32", "order": "*i64", **written}
+            | {"grad_scores": x, "parts": "*fp32", **counts},
+            launch,
+            Budget(wide_loads=row_loads(launch, dtype, tiles=1 + need_scores), registers=160, barriers_in_loop=0),
+        )
+    combine = row_gradient.combine_launch(d, BLOCKS, 64)
     yield Variant(
-        "lookup_reduce forward",
-        lookup_reduce.lookup_reduce_kernel,
-        {**lookup, "out": x, **shape},
-        forward,
-        Budget(wide_loads=row_loads(forward, dtype)),
+        "lookup_reduce combine parts",
+        row_gradient.combine_parts_kernel,
+        {"keys": "*i32", **written, "parts": "*fp32", "windows": "i32"},
+        combine,
+        Budget(wide_loads=row_loads(combine, "fp32"), registers=160, barriers_in_loop=0),
     )
-    rows = lookup_reduce.row_gradient_launch(size.value_dim, CORES, BLOCKS)
-    yield Variant(
-        "lookup_reduce row gradient",
-        lookup_reduce.row_gradient_kernel,
-        {"grad": x, **lookup, "sorted_rows": "*i32", "order": "*i64", "targets": "*i32"}
-        | {"grad_rows": x, "grad_scores": x, **shape, "slots": "i32"},
-        rows,
-        Budget(wide_loads=row_loads(rows, dtype) + row_loads(rows, dtype, rows=1)),
-    )
-    scores = lookup_reduce.score_gradient_launch(size.value_dim, CORES, BLOCKS)
-    yield Variant(
-        "lookup_reduce score gradient",
-        lookup_reduce.score_gradient_kernel,
-        {"grad": x, "values": x, "indices": "*i64", "grad_scores": x, **shape},
-        scores,
-        Budget(wide_loads=row_loads(scores, dtype, tiles=2)),
-    )
+    for name, tokens in {"few": 1, "many": 65536}.items():
+        launch = score_gradient.score_gradient_launch(tokens, size.top_m * HEADS, d, CORES, BLOCKS, itemsize=itemsize)
+        yield Variant(
+            f"lookup_reduce score gradient {name}",
+            score_gradient.score_gradient_kernel,
+            {"grad": x, "values": x, "indices": "*i64", "grad_scores": x, "N": "i32", "K": "i32"},
+            launch,
+            # A tile's sums leave through shared memory; a program is one warp, which waits for nobody.
+            Budget(wide_loads=row_loads(launch, dtype, tiles=2), registers=128, barriers_in_loop=1),
+        )
+    if dtype == "bf16":  # indices have one dtype
+        yield Variant(
+            "lookup_reduce slot keys",
+            sorted_slots.slot_keys_kernel,
+            {"indices": "*i64", "keys": "*i32", "count": "i32", "N": "i32"},
+            sorted_slots.slot_keys_launch(size.side**2 // BLOCKS, BLOCKS, 0),
+        )
 
 
 def select_variants(size: Size, dtype: str) -> Iterator[Variant]:
@@ -185,6 +241,7 @@ def permute_addresses_variants(size: Size, dtype: str) -> Iterator[Variant]:
 
 KERNEL_FILES: tuple[Callable[[Size, str], Iterator[Variant]], ...] = (
     lookup_reduce_variants,
+    lookup_reduce_backward_variants,
     select_variants,
     permute_addresses_variants,
 )

@@ -348,13 +348,22 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def lookup_dot(rows: Any, indices: Any, query: Any, sparse_grad: bool) -> Any:
         return nodes.LookupDot(rows, indices, query)
 
-    def lookup_reduce(values: Any, indices: Any, scores: Any, num_blocks: int, sparse_grad: bool) -> Any:
-        return nodes.LookupReduce(values, indices, scores, num_blocks=num_blocks)
-
     def permute_addresses(addresses: Any, size: int, seed: int, inverse: bool) -> Any:
         if inverse:
             raise ValueError("an inverse address permutation has no ONNX node")
         return nodes.PermuteAddresses(addresses, seed=seed, **permutation_attributes(size, seed))
+
+    def lookup_reduce(
+        values: Any,
+        indices: Any,
+        scores: Any,
+        num_blocks: int,
+        sparse_grad: bool,
+        permutation_seed: int | None = None,
+    ) -> Any:
+        if permutation_seed is not None:
+            indices = permute_addresses(indices, values.shape[0] * num_blocks, permutation_seed, inverse=False)
+        return nodes.LookupReduce(values, indices, scores, num_blocks=num_blocks)
 
     def product_topk(row_scores: Any, col_scores: Any, k: int) -> Any:
         return nodes.ProductTopK(row_scores, col_scores, k=k)

@@ -51,6 +51,8 @@ with FakeTensorMode(), torch.no_grad(), ops.use_implementation(ops.Implementatio
     table, weights = torch.empty(9, 32), torch.empty(8, 6, 2)
     trace("lookup_dot", ops.lookup_dot, table, index, torch.empty(8, 32))
     trace("lookup_reduce", lambda *x: ops.lookup_reduce(*x, num_blocks=4), table, index, weights)
+    trace("lookup_reduce permuted", lambda *x: ops.lookup_reduce(*x, permutation_seed=3), table, index, weights)
+    trace("lookup_reduce one block", ops.lookup_reduce, table, index, weights)
     trace("permute_addresses", lambda x: ops.permute_addresses(x, 1000, 1), index)
     trace("product_topk", lambda *x: tuple(ops.product_topk(*x, 5)), side, side)
     for rule in ("one_tailed", "two_tailed"):
@@ -73,7 +75,9 @@ def test_compiled_graphs_copy_no_input_of_a_kernel() -> None:
     select = [["positions"], ["addresses", "found", "scores"]]
     assert run_compiler("-c", TRACE) == {
         "lookup_dot": [["grad_scores"]],
-        "lookup_reduce": [["out"]],
+        "lookup_reduce": [["out", "rows", "weights"]],
+        "lookup_reduce permuted": [["out", "rows", "weights"]],
+        "lookup_reduce one block": [["out"]],
         "permute_addresses": [["out"]],
         "product_topk": select,
         "tucker_topk one_tailed": select,

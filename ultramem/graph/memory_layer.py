@@ -142,9 +142,17 @@ class Lookup(nn.Module):
         if config.permutation == "stored":
             self.register_buffer("address_table", torch.empty(self.num_addresses, dtype=torch.int64))
 
+        # Where nobody else asks for virtual indices, the op that reads rows permutes the addresses on the way.
+        self.permutes_in_table = config.permutation == "computed" and not (
+            self.has_experts or self.sums_scores or self.first_row is not None
+        )
+
     def forward(self, scores_THMC: Tensor, addresses_THM: Tensor, hidden_TD: Tensor, table: ValueTable) -> Pooled:
-        indices_TK = self.virtual_indices(addresses_THM.flatten(1))
         scores_TKC = scores_THMC.flatten(1, 2)
+        if self.permutes_in_table:
+            rows_TEV = table(addresses_THM.flatten(1), scores_TKC, self.num_blocks, permutation_seed=self.seed)
+            return Pooled(rows_TEV, None)
+        indices_TK = self.virtual_indices(addresses_THM.flatten(1))
         if self.has_experts:
             product_TK = table.expert_products(indices_TK, self.expert_query(hidden_TD))
             activation_TK = F.gelu(product_TK) if self.gelu else product_TK

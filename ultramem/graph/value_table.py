@@ -42,9 +42,15 @@ class ValueTable(nn.Module):
         values = self.values_NV
         self.row_use_N = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
 
-    def forward(self, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int) -> Tensor:
-        """Pooled rows [T,E,V] of virtual indices (see `ultramem.ops.lookup_reduce`)."""
+    def forward(
+        self, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int, *, permutation_seed: int | None = None
+    ) -> Tensor:
+        """Pooled rows [T,E,V] of virtual indices, or with a seed of addresses (see `ultramem.ops.lookup_reduce`)."""
         values_NV = self.values_NV
+        counts = self.row_use_N is not None and self.training
+        if permutation_seed is not None and (counts or self.lazy_rows is not None):
+            indices_TK = ops.permute_addresses(indices_TK, num_blocks * values_NV.shape[0], permutation_seed)
+            permutation_seed = None
         if self.row_use_N is not None and self.training:
             rows = (indices_TK % values_NV.shape[0]).flatten()
             self.row_use_N.index_add_(0, rows, torch.ones_like(rows))
@@ -58,7 +64,12 @@ class ValueTable(nn.Module):
             )
         else:
             pooled_TEV = ops.lookup_reduce(
-                values_NV, indices_TK, scores_TKC, num_blocks=num_blocks, sparse_grad=self.sparse_grad
+                values_NV,
+                indices_TK,
+                scores_TKC,
+                num_blocks=num_blocks,
+                sparse_grad=self.sparse_grad,
+                permutation_seed=permutation_seed,
             )
         return pooled_TEV.to(dtype)
 

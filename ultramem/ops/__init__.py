@@ -3,11 +3,13 @@
 from ultramem.ops import reference
 from ultramem.ops.catch_up import LazyRows, catch_up_, catch_up_rows
 from ultramem.ops.grouped_mm import grouped_mm
+from ultramem.ops.huge_pages import advise_huge_pages
 from ultramem.ops.implementation import Implementation, use_implementation
 from ultramem.ops.lookup_dot import lookup_dot
 from ultramem.ops.lookup_dot_lazy import lookup_dot_lazy
 from ultramem.ops.lookup_reduce import lookup_reduce
 from ultramem.ops.lookup_reduce_lazy import lookup_reduce_lazy
+from ultramem.ops.lookup_reduce_quantized import QuantizedRows, lookup_reduce_quantized, quantize_rows
 from ultramem.ops.permute_addresses import address_table, permute_addresses
 from ultramem.ops.product_topk import TopK, product_topk
 from ultramem.ops.round_stochastically import round_stochastically
@@ -17,10 +19,12 @@ from ultramem.ops.update_rows import adagrad_rows_, adamw_rows_
 __all__ = [
     "Implementation",
     "LazyRows",
+    "QuantizedRows",
     "TopK",
     "adagrad_rows_",
     "adamw_rows_",
     "address_table",
+    "advise_huge_pages",
     "catch_up_",
     "catch_up_rows",
     "grouped_mm",
@@ -28,8 +32,10 @@ __all__ = [
     "lookup_dot_lazy",
     "lookup_reduce",
     "lookup_reduce_lazy",
+    "lookup_reduce_quantized",
     "permute_addresses",
     "product_topk",
+    "quantize_rows",
     "reference",
     "round_stochastically",
     "tucker_topk",

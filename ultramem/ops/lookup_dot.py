@@ -13,7 +13,7 @@ from torch import Tensor
 from ultramem.ops import _checks as checks
 from ultramem.ops._registration import traceable_op
 from ultramem.ops._sparse_gradient import rows_gradient
-from ultramem.ops.implementation import runs_triton
+from ultramem.ops.implementation import runs_native, runs_triton
 from ultramem.ops.lookup_reduce import (
     _MODE_SUM,
     _lookup_reduce,
@@ -34,6 +34,9 @@ def _lookup_dot(rows_ND: Tensor, indices_TK: Tensor, query_TD: Tensor, sparse_gr
         from ultramem.ops.triton import lookup_dot as kernels
 
         return kernels.lookup_dot(rows_ND, row_TK, query_TD)
+    if runs_native(rows_ND):
+        native_dots: Tensor = torch.ops.ultramem_native.lookup_dot(rows_ND, indices_TK, query_TD)
+        return native_dots
     t, k = row_TK.shape
     # The gradient of an embedding bag's weights is this very product, without a copy of the rows: token t is a bag
     # of K slots, and the query is the gradient of its sum.
@@ -57,10 +60,10 @@ def _backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor | None, ...]:
     row_TK, weights_TK1, query_T1D = indices % rows.shape[0], grad_TK.contiguous().unsqueeze(-1), query.unsqueeze(1)
     grad_rows = grad_query = None
     if ctx.needs_input_grad[0] and ctx.sparse_grad:
-        touched_U, grads_UD, _ = _lookup_reduce_backward_rows(query_T1D, rows, row_TK, weights_TK1)
+        touched_U, grads_UD, _ = _lookup_reduce_backward_rows(query_T1D, rows, row_TK, weights_TK1, False)
         grad_rows = rows_gradient(touched_U, grads_UD, rows)
     elif ctx.needs_input_grad[0]:
-        grad_rows, _ = _lookup_reduce_backward(query_T1D, rows, row_TK, weights_TK1, True)
+        grad_rows, _ = _lookup_reduce_backward(query_T1D, rows, row_TK, weights_TK1, True, False)
     if ctx.needs_input_grad[2]:
         grad_query = _lookup_reduce(rows, row_TK, weights_TK1, 1, False).squeeze(1)
     return grad_rows, None, grad_query, None

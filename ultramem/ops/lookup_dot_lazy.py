@@ -72,7 +72,7 @@ def _lookup_dot_lazy_backward(
     weights_TK1 = grad_TK.to(dtype).unsqueeze(-1)
     grad_query_TD = _lookup_reduce(fresh.values_UD, fresh.indices_TK, weights_TK1, 1, False).squeeze(1)
     grad_UD, _ = _lookup_reduce_backward(
-        query_TD.to(dtype).unsqueeze(1), fresh.values_UD, fresh.indices_TK, weights_TK1, True
+        query_TD.to(dtype).unsqueeze(1), fresh.values_UD, fresh.indices_TK, weights_TK1, True, False
     )
     return fresh.rows_U, grad_UD.to(rows_ND.dtype), grad_query_TD.to(query_TD.dtype)
 

@@ -14,6 +14,7 @@ from ultramem.ops import _checks as checks
 from ultramem.ops._registration import accumulation_dtype, opaque_op, traceable_op
 from ultramem.ops._sparse_gradient import rows_gradient
 from ultramem.ops.implementation import runs_native, runs_triton
+from ultramem.ops.permute_addresses import _permute_addresses, require_seed
 
 
 def lookup_reduce_reference(
@@ -30,22 +31,32 @@ def lookup_reduce_reference(
 
 @traceable_op("ultramem::lookup_reduce")
 def _lookup_reduce(
-    values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int, sparse_grad: bool
+    values_ND: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    num_blocks: int,
+    sparse_grad: bool,
+    permutation_seed: int | None = None,
 ) -> Tensor:
     if runs_triton(values_ND):
         from ultramem.ops.triton import lookup_reduce as kernels
 
-        return kernels.lookup_reduce(values_ND, indices_TK, scores_TKC, num_blocks)
+        return kernels.lookup_reduce(values_ND, indices_TK, scores_TKC, num_blocks, permutation_seed)
+    n, d = values_ND.shape
+    indices_TK = _permuted(indices_TK, n * num_blocks, permutation_seed)
     if runs_native(values_ND):
         pooled_TED: Tensor = torch.ops.ultramem_native.lookup_reduce(values_ND, indices_TK, scores_TKC, num_blocks)
         return pooled_TED
-    n, d = values_ND.shape
     t, _, c = scores_TKC.shape
     bags = _bags(n, indices_TK, scores_TKC.to(values_ND.dtype), num_blocks)
     pooled = torch.nn.functional.embedding_bag(
         bags.rows, values_ND.view(n * c, d // c), bags.first, mode="sum", per_sample_weights=bags.weights
     )
     return pooled.view(t, c, num_blocks, d // c).transpose(1, 2).reshape(t, num_blocks, d)
+
+
+def _permuted(indices_TK: Tensor, size: int, seed: int | None) -> Tensor:
+    return indices_TK if seed is None else _permute_addresses(indices_TK, size, seed, False)
 
 
 class _Bags(NamedTuple):
@@ -79,16 +90,30 @@ def _bags(n: int, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int) -> _B
 
 @opaque_op("ultramem::lookup_reduce_backward")
 def _lookup_reduce_backward(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_values: bool
+    grad_TED: Tensor,
+    values_ND: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    need_values: bool,
+    need_scores: bool = True,
+    permutation_seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the table [N,D] (empty unless `need_values`) and of the scores [T,K,C]; the same bits every time."""
+    """Gradients of the table [N,D] and of the scores [T,K,C], each empty unless needed; the same bits every time."""
     if runs_triton(values_ND):
-        from ultramem.ops.triton import lookup_reduce as kernels
+        from ultramem.ops.triton import lookup_reduce_backward as kernels
 
-        return kernels.lookup_reduce_backward(grad_TED, values_ND, indices_TK, scores_TKC, need_values)
+        return kernels.lookup_reduce_backward(
+            grad_TED, values_ND, indices_TK, scores_TKC, need_values, need_scores, permutation_seed
+        )
+    indices_TK = _permuted(indices_TK, values_ND.shape[0] * grad_TED.shape[1], permutation_seed)
+    if runs_native(values_ND):
+        grads: tuple[Tensor, Tensor] = torch.ops.ultramem_native.lookup_reduce_backward(
+            grad_TED, values_ND, indices_TK, scores_TKC, need_values, need_scores
+        )
+        return grads
     if values_ND.dtype in _BAG_DTYPES:
-        return _bag_gradients(grad_TED, values_ND, indices_TK, scores_TKC, need_values)
-    rows_U, row_grads_UD, grad_scores = _touched_gradients(grad_TED, values_ND, indices_TK, scores_TKC)
+        return _bag_gradients(grad_TED, values_ND, indices_TK, scores_TKC, need_values, need_scores)
+    rows_U, row_grads_UD, grad_scores = _touched_gradients(grad_TED, values_ND, indices_TK, scores_TKC, need_scores)
     if not need_values:
         return values_ND.new_empty(0), grad_scores
     return torch.zeros_like(values_ND).index_copy(0, rows_U, row_grads_UD), grad_scores
@@ -96,9 +121,18 @@ def _lookup_reduce_backward(
 
 @_lookup_reduce_backward.register_fake
 def _(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_values: bool
+    grad_TED: Tensor,
+    values_ND: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    need_values: bool,
+    need_scores: bool = True,
+    permutation_seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return values_ND.new_empty(values_ND.shape if need_values else (0,)), scores_TKC.new_empty(scores_TKC.shape)
+    return (
+        values_ND.new_empty(values_ND.shape if need_values else (0,)),
+        scores_TKC.new_empty(scores_TKC.shape if need_scores else (0,)),
+    )
 
 
 # What aten's backward of an embedding bag takes; it adds up in the dtype of the table.
@@ -107,9 +141,14 @@ _MODE_SUM = 0
 
 
 def _bag_gradients(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_values: bool
+    grad_TED: Tensor,
+    values_ND: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    need_values: bool,
+    need_scores: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the table [N,D] (empty unless `need_values`) and of the scores, without a row gradient per slot."""
+    """Gradients of the table [N,D] and of the scores, each empty unless needed, without a row gradient per slot."""
     n, d = values_ND.shape
     t, k, c = scores_TKC.shape
     e, x = grad_TED.shape[1], d // c
@@ -118,14 +157,16 @@ def _bag_gradients(
     sizes = torch.diff(bags.first, append=bags.first.new_tensor([t * c * k]))
     bag = torch.repeat_interleave(torch.arange(t * c * e), sizes)
     grad_bags = grad_TED.view(t, e, c, x).transpose(1, 2).reshape(t * c * e, x)
-    grad_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_bags, table, bags.rows, bags.first, bag, _MODE_SUM
-    )
-    grad_scores = grad_weights.view(t, c, k).transpose(1, 2)
-    if bags.order_TK is not None:
-        order_TKC = bags.order_TK.unsqueeze(-1).expand(t, k, c)
-        grad_scores = torch.empty_like(grad_scores).scatter_(1, order_TKC, grad_scores)
-    grad_scores = grad_scores.to(scores_TKC.dtype).contiguous()
+    grad_scores = scores_TKC.new_empty(0)
+    if need_scores:
+        grad_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad_bags, table, bags.rows, bags.first, bag, _MODE_SUM
+        )
+        grad_scores = grad_weights.view(t, c, k).transpose(1, 2)
+        if bags.order_TK is not None:
+            order_TKC = bags.order_TK.unsqueeze(-1).expand(t, k, c)
+            grad_scores = torch.empty_like(grad_scores).scatter_(1, order_TKC, grad_scores)
+        grad_scores = grad_scores.to(scores_TKC.dtype).contiguous()
     if not need_values:
         return values_ND.new_empty(0), grad_scores
     unused = bags.first.new_empty(0)  # bag sizes and argmax, which sums do not need
@@ -136,7 +177,7 @@ def _bag_gradients(
 
 
 def _touched_gradients(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor
+    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, need_scores: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Touched rows [U] ascending, their gradients [U,D], and those of the scores: the lookup on a table of U rows."""
     n = values_ND.shape[0]
@@ -144,45 +185,67 @@ def _touched_gradients(
     rows_U, position_TK = torch.unique(indices_TK % n, return_inverse=True)
     touched_UD = values_ND[rows_U].to(dtype)
     moved_TK = position_TK + indices_TK // n * rows_U.shape[0]
-    grad_UD, grad_scores = _bag_gradients(grad_TED.to(dtype), touched_UD, moved_TK, scores_TKC, True)
+    grad_UD, grad_scores = _bag_gradients(grad_TED.to(dtype), touched_UD, moved_TK, scores_TKC, True, need_scores)
     return rows_U, grad_UD.to(values_ND.dtype), grad_scores
 
 
 @opaque_op("ultramem::lookup_reduce_backward_rows")
 def _lookup_reduce_backward_rows(
-    grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor
+    grad_TED: Tensor,
+    values_ND: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    need_scores: bool = True,
+    permutation_seed: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by touched row: rows [U] ascending, their gradients [U,D], and of the scores [T,K,C]."""
+    """By touched row: rows [U] ascending, their gradients [U,D]; and of the scores [T,K,C], empty unless needed."""
     if runs_triton(values_ND):
-        from ultramem.ops.triton import lookup_reduce as kernels
+        from ultramem.ops.triton import lookup_reduce_backward as kernels
 
-        return kernels.lookup_reduce_backward_rows(grad_TED, values_ND, indices_TK, scores_TKC)
-    return _touched_gradients(grad_TED, values_ND, indices_TK, scores_TKC)
+        return kernels.lookup_reduce_backward_rows(
+            grad_TED, values_ND, indices_TK, scores_TKC, need_scores, permutation_seed
+        )
+    indices_TK = _permuted(indices_TK, values_ND.shape[0] * grad_TED.shape[1], permutation_seed)
+    if runs_native(values_ND):
+        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.ultramem_native.lookup_reduce_backward_rows(
+            grad_TED, values_ND, indices_TK, scores_TKC, need_scores
+        )
+        return grads
+    return _touched_gradients(grad_TED, values_ND, indices_TK, scores_TKC, need_scores)
 
 
 @_lookup_reduce_backward_rows.register_fake
-def _(grad_TED: Tensor, values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad_TED: Tensor,
+    values_ND: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    need_scores: bool = True,
+    permutation_seed: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     touched = torch.library.get_ctx().new_dynamic_size()
     return (
         indices_TK.new_empty(touched),
         values_ND.new_empty(touched, values_ND.shape[1]),
-        scores_TKC.new_empty(scores_TKC.shape),
+        scores_TKC.new_empty(scores_TKC.shape if need_scores else (0,)),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    values, indices, scores, _, ctx.sparse_grad = inputs
+    values, indices, scores, _, ctx.sparse_grad, ctx.permutation_seed = inputs
     ctx.save_for_backward(values, indices, scores)
 
 
 def _backward(ctx: Any, grad_TED: Tensor) -> tuple[Tensor | None, ...]:
+    need_values, _, need_scores, *_ = ctx.needs_input_grad
     values, indices, scores = ctx.saved_tensors
-    grad_TED = grad_TED.contiguous()
-    if ctx.sparse_grad and ctx.needs_input_grad[0]:
-        rows, row_grads, grad_scores = _lookup_reduce_backward_rows(grad_TED, values, indices, scores)
-        return rows_gradient(rows, row_grads, values), None, grad_scores, None, None
-    grad_values, grad_scores = _lookup_reduce_backward(grad_TED, values, indices, scores, ctx.needs_input_grad[0])
-    return (grad_values if ctx.needs_input_grad[0] else None), None, grad_scores, None, None
+    grads = grad_TED.contiguous(), values, indices, scores
+    if ctx.sparse_grad and need_values:
+        rows, row_grads, grad_scores = _lookup_reduce_backward_rows(*grads, need_scores, ctx.permutation_seed)
+        grad_values = rows_gradient(rows, row_grads, values)
+    else:
+        grad_values, grad_scores = _lookup_reduce_backward(*grads, need_values, need_scores, ctx.permutation_seed)
+    return grad_values if need_values else None, None, grad_scores if need_scores else None, None, None, None
 
 
 _lookup_reduce.register_autograd(_backward, setup_context=_setup_context)
@@ -216,6 +279,7 @@ def lookup_reduce(
     *,
     num_blocks: int = 1,
     sparse_grad: bool = False,
+    permutation_seed: int | None = None,
     checked: bool = False,
 ) -> Tensor:
     """Pool weighted rows: `out[t,p] = sum_{k: block(k)=p} concat_c(score[t,k,c] * V[row(k)]_c)` (paper, eq 14-17).
@@ -230,6 +294,8 @@ def lookup_reduce(
         num_blocks: E, the virtual expansion.
         sparse_grad: the table's gradient is a sparse COO tensor of the touched rows (unique, ascending) instead of a
             dense [N,D].
+        permutation_seed: the indices are addresses before the permutation; `permute_addresses(indices_TK,
+            N*num_blocks, permutation_seed)` are the virtual indices. A kernel permutes as it reads them.
         checked: read the indices and raise if one is out of range. This waits for the device and cannot be traced;
             without it an index out of range is undefined behaviour.
 
@@ -241,9 +307,16 @@ def lookup_reduce(
         ValueError: rank, shape or device differ, C does not divide D, or (checked) an index is out of range.
     """
     require_lookup(values_ND, indices_TK, scores_TKC, num_blocks)
+    if permutation_seed is not None:
+        require_seed("permutation_seed", permutation_seed)
     if checked:
         checks.require_in_range("indices_TK", indices_TK, values_ND.shape[0] * num_blocks)
     pooled_TED: Tensor = _lookup_reduce(
-        values_ND.contiguous(), indices_TK.contiguous(), scores_TKC.contiguous(), num_blocks, sparse_grad
+        values_ND.contiguous(),
+        indices_TK.contiguous(),
+        scores_TKC.contiguous(),
+        num_blocks,
+        sparse_grad,
+        permutation_seed,
     )
     return pooled_TED

@@ -106,6 +106,14 @@ def _permute_addresses(addresses: Tensor, size: int, seed: int, inverse: bool) -
     return permute_addresses_reference(addresses, size, seed, inverse=inverse)
 
 
+def require_seed(name: str, seed: int) -> None:
+    """Raise unless `seed` can name a permutation."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{name} must be an int, got {type(seed).__name__}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{name} must be in [0, 2^63), got {seed}")
+
+
 def permute_addresses(
     addresses: Tensor, size: int, seed: int, *, inverse: bool = False, checked: bool = False
 ) -> Tensor:
@@ -131,10 +139,7 @@ def permute_addresses(
     checks.require_positive("size", size)
     if size > MAX_SIZE:
         raise ValueError(f"size must be at most 2^62, got {size}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2^63), got {seed}")
+    require_seed("seed", seed)
     if checked:
         checks.require_in_range("addresses", addresses, size)
     permuted: Tensor = _permute_addresses(addresses.contiguous(), size, seed, inverse)

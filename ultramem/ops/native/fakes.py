@@ -13,6 +13,8 @@ def register() -> None:
     """Give every op of the loaded library its fake kernel."""
     fakes: dict[str, Callable[..., Any]] = {
         "lookup_reduce": _lookup_reduce,
+        "lookup_reduce_quantized": _lookup_reduce_quantized,
+        "lookup_dot": _lookup_dot,
         "tucker_topk": _tucker_topk,
         "product_topk": _product_topk,
     }
@@ -22,6 +24,17 @@ def register() -> None:
 
 def _lookup_reduce(values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int) -> Tensor:
     return values_ND.new_empty(indices_TK.shape[0], num_blocks, values_ND.shape[1])
+
+
+def _lookup_reduce_quantized(
+    rows_NB: Tensor, scales_N: Tensor, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int
+) -> Tensor:
+    columns = rows_NB.shape[1] * (2 if rows_NB.dtype == torch.uint8 else 1)
+    return scores_TKC.new_empty(indices_TK.shape[0], num_blocks, columns)
+
+
+def _lookup_dot(rows_ND: Tensor, indices_TK: Tensor, query_TD: Tensor) -> Tensor:
+    return rows_ND.new_empty(indices_TK.shape)
 
 
 def _tucker_topk(

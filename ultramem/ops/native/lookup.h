@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "simd.h"
@@ -50,13 +51,14 @@ std::vector<Part> parts_of(const LookupSizes& size, Range columns) {
   return parts;
 }
 
+constexpr std::int64_t kBytesWorthAThread = 16384;  // waking a thread takes about as long as reading these
+
 // Tokens x column ranges, so that a single token keeps every thread busy too. A range is made of whole cache lines of
-// a row, so that a column is computed alike however the work is cut.
+// a row (`line`: columns of one), so that a column is computed alike however the work is cut.
 class TokenGrid {
  public:
-  template <class Rows>
-  TokenGrid(std::int64_t tokens, std::int64_t columns, const Rows& rows, int threads) : tokens_(tokens), columns_(columns) {
-    const std::int64_t line = kLineBytes * Rows::kPartColumns / kPartBytes;
+  TokenGrid(std::int64_t tokens, std::int64_t columns, std::int64_t line, int threads)
+      : tokens_(tokens), columns_(columns) {
     const std::int64_t lines = std::max<std::int64_t>((columns + line - 1) / line, 1);
     std::int64_t ranges = 1;
     if (tokens > 0 && tokens < 8 * threads) {
@@ -70,9 +72,9 @@ class TokenGrid {
   // f(tokens, columns) for each piece of the work.
   template <class Parallel, class F>
   void run(const Parallel& parallel, std::int64_t bytes_a_token, const F& f) const {
-    constexpr std::int64_t kBytesWorthAThread = 16384;  // waking one takes about as long as reading these
     const std::int64_t bytes = std::max<std::int64_t>(bytes_a_token / ranges_, 1);
-    parallel(tokens_ * ranges_, std::max<std::int64_t>(kBytesWorthAThread / bytes, 1), [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t grain = std::max<std::int64_t>(kBytesWorthAThread / bytes, 1);
+    parallel(tokens_ * ranges_, grain, [&](std::int64_t begin, std::int64_t end) {
       while (begin < end) {
         const std::int64_t range = begin / tokens_, first = range * columns_a_range_;
         const std::int64_t stop = std::min(end, (range + 1) * tokens_);

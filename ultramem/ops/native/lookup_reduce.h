@@ -4,31 +4,11 @@
 #include <utility>
 
 #include "lookup.h"
+#include "rows.h"
 
 namespace ultramem {
 
-// Rows of floating-point values. Other kinds of rows offer the same members.
-template <class Value>
-struct FloatRows {
-  using Element = Value;
-  using Acc = Accumulator<Value>;
-  static constexpr std::int64_t kPartColumns = kPartBytes / static_cast<std::int64_t>(sizeof(Value));
-
-  const Value* values;
-  std::int64_t d;
-
-  ULTRAMEM_INLINE const Value* row(std::int64_t index) const { return values + index * d; }
-  ULTRAMEM_INLINE static std::int64_t elements(std::int64_t columns) { return columns; }
-  ULTRAMEM_INLINE static Vector<Acc> lanes(const Value* from) { return load(from); }
-  ULTRAMEM_INLINE static Vector<Acc> lanes(const Value* from, std::int64_t count) { return load_first(from, count); }
-};
-
-template <class Rows>
-std::int64_t bytes_of(std::int64_t columns) {
-  return Rows::elements(columns) * static_cast<std::int64_t>(sizeof(typename Rows::Element));
-}
-
-// The slots of one token, those of a block together.
+// The slots of one token, those of a block together, each with its weight in each core.
 template <class Rows, class Score>
 class TokenSlots {
   using Acc = typename Rows::Acc;
@@ -37,7 +17,7 @@ class TokenSlots {
  public:
   TokenSlots(const LookupSizes& size, const Rows& table, const std::int64_t* indices, const Score* scores)
       : size_(size), table_(table), indices_(indices), scores_(scores), places_(new Place[at_least_one(size.k)]),
-        slots_(new std::int64_t[at_least_one(size.k)]), ends_(new std::int64_t[at_least_one(size.e)]),
+        slots_(new Slot[at_least_one(size.k)]), ends_(new std::int64_t[at_least_one(size.e)]),
         rows_(new const Element*[at_least_one(size.k)]), weights_(new Acc[at_least_one(size.k * size.c)]) {}
 
   // Find the rows, and touch each: looking up their pages takes long, and side by side in a short loop takes least.
@@ -52,16 +32,20 @@ class TokenSlots {
     for (std::int64_t k = 0; k < size_.k; ++k) {
       const std::int64_t to = ends_[places_[k].block]++;
       rows_[to] = table_.row(places_[k].row);
-      slots_[to] = k;
+      slots_[to] = {places_[k].row, k};
     }
-    for (std::int64_t k = 0; k < size_.k; ++k) __builtin_prefetch(rows_[k] + Rows::elements(first_column), 0, 3);
+    for (std::int64_t k = 0; k < size_.k; ++k) {
+      __builtin_prefetch(rows_[k] + Rows::elements(first_column), 0, 3);
+      table_.prefetch_scale(slots_[k].row);
+    }
   }
 
   void weigh() {
     const Score* scores = scores_ + first_slot_ * size_.c;
     for (std::int64_t c = 0; c < size_.c; ++c) {
       for (std::int64_t k = 0; k < size_.k; ++k) {
-        weights_[c * size_.k + k] = static_cast<Acc>(widen(scores[slots_[k] * size_.c + c]));
+        const Acc score = static_cast<Acc>(widen(scores[slots_[k].k * size_.c + c]));
+        weights_[c * size_.k + k] = score * table_.scale(slots_[k].row);
       }
     }
   }
@@ -74,21 +58,28 @@ class TokenSlots {
  private:
   static std::size_t at_least_one(std::int64_t count) { return static_cast<std::size_t>(std::max<std::int64_t>(count, 1)); }
 
+  struct Slot {
+    std::int64_t row, k;
+  };
+
   const LookupSizes& size_;
   const Rows& table_;
   const std::int64_t* indices_;
   const Score* scores_;
   std::int64_t first_slot_ = 0;
   std::unique_ptr<Place[]> places_;
-  std::unique_ptr<std::int64_t[]> slots_, ends_;
+  std::unique_ptr<Slot[]> slots_;
+  std::unique_ptr<std::int64_t[]> ends_;
   std::unique_ptr<const Element*[]> rows_;
   std::unique_ptr<Acc[]> weights_;
 };
 
 // Rows to ask for while others are added up: slot k asks for slot k + kSlotsAhead of the same part, or, past the last
 // slot, for the first ones of the part that comes next, which may be the next token's.
-template <class Element>
+template <class Rows>
 struct Ahead {
+  using Element = typename Rows::Element;
+
   const Element *const *rows, *const *next_rows;
   std::int64_t slots, distance, offset, next_offset;
 
@@ -98,7 +89,7 @@ struct Ahead {
   ULTRAMEM_INLINE void fetch(std::int64_t k) const {
     const std::int64_t ahead = k + distance;
     const Element* row = ahead < slots ? rows[ahead] + offset : next_rows[ahead - slots] + next_offset;
-    for (std::int64_t line = 0; line < kPartBytes; line += kLineBytes) {
+    for (std::int64_t line = 0; line < bytes_of<Rows>(Rows::kPartColumns); line += kLineBytes) {
       __builtin_prefetch(reinterpret_cast<const char*>(row) + line, 0, 3);
     }
   }
@@ -107,7 +98,7 @@ struct Ahead {
 // `count` vectors of every block's columns from `column` on; 0: `rest` columns, less than a vector.
 template <std::int64_t count, bool fetches, class Rows, class Score, class Out>
 void pool_columns(const LookupSizes& size, const TokenSlots<Rows, Score>& token, std::int64_t core, std::int64_t column,
-                  std::int64_t rest, const Ahead<typename Rows::Element>& ahead, Out* out) {
+                  std::int64_t rest, const Ahead<Rows>& ahead, Out* out) {
   using Acc = typename Rows::Acc;
   constexpr std::int64_t width = kLanes<Acc>;
   const auto* const* rows = token.rows();
@@ -136,7 +127,7 @@ void pool_columns(const LookupSizes& size, const TokenSlots<Rows, Score>& token,
 
 template <class Rows, class Score, class Out>
 void pool_part(const LookupSizes& size, const TokenSlots<Rows, Score>& token, const Part& part,
-               const Ahead<typename Rows::Element>& ahead, Out* out) {
+               const Ahead<Rows>& ahead, Out* out) {
   constexpr std::int64_t width = kLanes<typename Rows::Acc>, most = Rows::kPartColumns / width;
   std::int64_t column = part.begin;
   const auto pool = [&](auto count) {
@@ -169,7 +160,7 @@ void pool_tokens(const LookupSizes& size, const Rows& table, const std::int64_t*
       const bool last_part = p + 1 == parts.size();
       const Element* const* then = last_part && !last_token ? next.rows() : here.rows();
       const Part& part_then = last_part ? (last_token ? parts[p] : parts[0]) : parts[p + 1];
-      const Ahead<Element> ahead(here.rows(), then, size.k, Rows::elements(parts[p].begin), Rows::elements(part_then.begin));
+      const Ahead<Rows> ahead(here.rows(), then, size.k, Rows::elements(parts[p].begin), Rows::elements(part_then.begin));
       pool_part(size, here, parts[p], ahead, out + token * size.e * size.d);
     }
   }
@@ -178,7 +169,7 @@ void pool_tokens(const LookupSizes& size, const Rows& table, const std::int64_t*
 template <class Rows, class Score, class Out, class Parallel>
 void lookup_reduce(const LookupSizes& size, const Rows& table, const std::int64_t* indices, const Score* scores,
                    Out* out, const Parallel& parallel) {
-  const TokenGrid grid(size.t, size.d, table, parallel.threads());
+  const TokenGrid grid(size.t, size.d, Rows::kLineColumns, parallel.threads());
   grid.run(parallel, size.k * bytes_of<Rows>(size.d), [&](Range tokens, Range columns) {
     pool_tokens(size, table, indices, scores, out, tokens, columns);
   });

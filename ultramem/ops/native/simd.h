@@ -44,6 +44,7 @@ using Vector = typename VectorOf<Acc, kLanes<Acc>>::type;
 
 using Floats = Vector<float>;
 using Doubles = Vector<double>;
+using Integers = VectorOf<std::int32_t, kLanes<float>>::type;
 using Words = VectorOf<std::uint32_t, kLanes<float>>::type;
 using Halves = VectorOf<std::uint16_t, kLanes<float>>::type;
 
@@ -154,6 +155,14 @@ ULTRAMEM_INLINE float widen(float from) { return from; }
 ULTRAMEM_INLINE double widen(double from) { return from; }
 ULTRAMEM_INLINE float widen(bfloat16 from) { return bits_of<float>(static_cast<std::uint32_t>(from.bits) << 16); }
 ULTRAMEM_INLINE float widen(float16 from) { return to_float(from); }
+
+// One element, rounded as `store` rounds.
+ULTRAMEM_INLINE void narrow(float from, float& to) { to = from; }
+ULTRAMEM_INLINE void narrow(double from, double& to) { to = from; }
+template <class Half>
+ULTRAMEM_INLINE void narrow(float from, Half& to) {
+  store_first(&to, Floats{} + from, 1);
+}
 
 template <class Acc>
 ULTRAMEM_INLINE Vector<Acc> broadcast(Acc value) {

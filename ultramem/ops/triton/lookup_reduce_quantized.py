@@ -1,0 +1,182 @@
+"""Forward of lookup_reduce on rows of int8 or int4 with a scale each: dequantised in registers, 16 bytes a lane.
+
+The scale of a row multiplies its weights where slots are ordered, once a slot, so that the tiles know of none. Rows of
+float8 are served by `lookup_reduce` itself.
+
+Shapes: N rows, D value dim, T tokens, K slots a token, C cores, E blocks, G groups of blocks, X = D/C columns a core,
+W = X * bits / 32 words a core.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from ultramem.ops.triton.dispatch import Lookup, capability_of, pool_tile
+from ultramem.ops.triton.lookup_reduce import pool_launch
+from ultramem.ops.triton.slot_order import count_of, new_slot_order, order_slots
+
+WORD_BITS = 32
+# Loads of rows that a lane has in its tile: unpacked, 4 are as many registers as 8 of bfloat16.
+ROW_LOADS = 4
+
+
+@triton.jit
+def _fraction(words, at: tl.constexpr, BITS: tl.constexpr):
+    """1 + u / 2^BITS as float32, of element number `at` of each word, u: two instructions and no conversion.
+
+    u lands in the highest bits of the mantissa of 1.0.
+    """
+    SHIFT: tl.constexpr = 23 - BITS - at * BITS
+    MASK: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
+    moved = words << SHIFT if SHIFT >= 0 else words >> -SHIFT
+    return ((moved & MASK) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _row_order(parts, COUNT: tl.constexpr):
+    """Pooled columns as they lie in a row, from one tensor for each place in a word."""
+    if COUNT == 4:
+        even = tl.interleave(parts[0], parts[2])
+        odd = tl.interleave(parts[1], parts[3])
+    else:
+        even = tl.interleave(tl.interleave(parts[0], parts[4]), tl.interleave(parts[2], parts[6]))
+        odd = tl.interleave(tl.interleave(parts[1], parts[5]), tl.interleave(parts[3], parts[7]))
+    return tl.interleave(even, odd)
+
+
+@triton.jit
+def lookup_reduce_quantized_kernel(
+    words,
+    scales,
+    indices,
+    scores,
+    rows,
+    weights,
+    out,
+    N,
+    K,
+    T,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    E: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+    PERMUTATION: tl.constexpr,
+):
+    """out[t,e,x] = sum over slots k of token t in block e of scores[t,k,core(x)] * scales[row(k)] * values[row(k),x].
+
+    As lookup_reduce_kernel, with COLUMNS in words of 32 bits. Their elements, in two's complement, are taken as
+    1.5 + value / 2^BITS; the 1.5 of each slot comes off the sum at the end, three bits of float32's 24.
+    Bytes: K * D * BITS / 8 of rows a token, each once; the scales of its rows, 32 each where a sector is not in L2.
+    """
+    COUNT: tl.constexpr = 32 // BITS
+    W: tl.constexpr = D // C // COUNT
+    CHUNKS: tl.constexpr = (W + COLUMNS - 1) // COLUMNS
+    program = tl.program_id(0)
+    token = (program // (C * CHUNKS)).to(tl.int64)
+    core = program // CHUNKS % C
+    lane = program % CHUNKS * COLUMNS + tl.arange(0, COLUMNS)
+    column = core * W + lane
+    inside = lane < W
+    group = tl.program_id(1)
+    first_slot = (group.to(tl.int64) * T + token) * K
+    rows += first_slot
+    weights += (first_slot * C) + core * tl.cast(K, tl.int64)
+    sizes, begins = order_slots(
+        indices, scores, scales, rows, weights, token, core, group * GROUP, N, K,
+        C, GROUP, PIECE, PIECES, PERMUTATION,
+    )  # fmt: skip
+    # The top bit of every element: flipping it makes v + 2^(BITS-1) of v.
+    FLIP: tl.constexpr = -2139062144 if BITS == 8 else -2004318072
+    for e in range(GROUP):
+        begin = count_of(begins, e)
+        end = begin + count_of(sizes, e)
+        total = tl.zeros([AT_ONCE], tl.float32)
+        acc = ()
+        for _ in tl.static_range(COUNT):
+            acc = acc + (tl.zeros([AT_ONCE, COLUMNS], tl.float32),)
+        for k0 in range(begin, end, SLOTS):
+            loaded = ()
+            weight = ()
+            for i in tl.static_range(SLOTS // AT_ONCE):
+                slot = k0 + i * AT_ONCE + tl.arange(0, AT_ONCE)
+                row = tl.load(rows + slot, mask=slot < end, other=0).to(tl.int64)
+                weight = weight + (tl.load(weights + slot, mask=slot < end, other=0.0),)
+                mask = (slot < end)[:, None] & inside[None, :]
+                loaded = loaded + (tl.load(words + row[:, None] * (W * C) + column[None, :], mask=mask, other=0),)
+            for i in tl.static_range(SLOTS // AT_ONCE):
+                total += weight[i]
+                biased = loaded[i] ^ FLIP
+                added = ()
+                for at in tl.static_range(COUNT):
+                    added = added + (acc[at] + weight[i][:, None] * _fraction(biased, at, BITS),)
+                acc = added
+        excess = 1.5 * tl.sum(total, axis=0)
+        pooled = ()
+        for at in tl.static_range(COUNT):
+            pooled = pooled + (((tl.sum(acc[at], axis=0) - excess) * (1 << BITS)).to(out.dtype.element_ty),)
+        block = group * GROUP + e
+        first = program % CHUNKS * COLUMNS * COUNT
+        x = first + tl.arange(0, COLUMNS * COUNT)
+        where = out + (token * E + block) * D + core * (W * COUNT) + x
+        tl.store(where, _row_order(pooled, COUNT), mask=(x < W * COUNT) & (x * 0 + block < E))
+
+
+def quantized_lookup(k: int, d: int, c: int, num_blocks: int, *, bits: int) -> Lookup:
+    """The lookup as dispatch sees it, in words."""
+    words = d // c * bits // WORD_BITS
+    return Lookup(slots=k, columns=words, itemsize=WORD_BITS // 8, cores=c, blocks=num_blocks, row_loads=ROW_LOADS)
+
+
+def lookup_reduce_quantized(
+    values_NB: Tensor,
+    scales_N: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    num_blocks: int,
+    dtype: torch.dtype,
+    permutation_seed: int | None = None,
+) -> Tensor:
+    """Pooled rows [T,E,D] in `dtype`: of int8 values [N,D], or of uint8 [N,D/2] with column 2i in the low half."""
+    bits = 8 if values_NB.dtype == torch.int8 else 4
+    n, row_bytes = map(int, values_NB.shape)
+    t, k, c = scores_TKC.shape
+    k, c, d = int(k), int(c), row_bytes * 8 // bits
+    if d // c * bits % WORD_BITS:
+        raise ValueError(
+            f"values must have a multiple of {WORD_BITS // bits} columns a core for the Triton kernels, got {d // c}; "
+            "use ultramem.ops.use_implementation(Implementation.ATEN)"
+        )
+    out_TED = scores_TKC.new_empty(t, num_blocks, d, dtype=dtype)
+    if t == 0:
+        return out_TED
+    lookup = quantized_lookup(k, d, c, num_blocks, bits=bits)
+    tile = pool_tile(t, lookup, capability_of(values_NB.device))
+    launch = pool_launch(tile, k, d, c, num_blocks, size=n * num_blocks, permutation_seed=permutation_seed)
+    groups = triton.cdiv(num_blocks, tile.group)
+    rows, weights = new_slot_order(indices_TK, n, c, groups)
+    chunks = triton.cdiv(lookup.columns, tile.columns)
+    wrap_triton(lookup_reduce_quantized_kernel)[(t * c * chunks, groups)](
+        values_NB.view(torch.int32),
+        scales_N,
+        indices_TK,
+        scores_TKC,
+        rows,
+        weights,
+        out_TED,
+        n,
+        k,
+        t,
+        BITS=bits,
+        **launch,
+    )
+    return out_TED
