@@ -28,6 +28,8 @@ from ultramem.ops.triton import (
     row_gradient,
     score_gradient,
     select,
+    select_backward,
+    select_two_launches,
     sorted_slots,
 )
 
@@ -175,30 +177,53 @@ def select_variants(size: Size, dtype: str) -> Iterator[Variant]:
     for rule in ("one_tailed", "two_tailed", "product"):
         additive = rule == "product"
         r, c, candidates = (1, 1, "one_tailed") if additive else (RANKS, CORES, rule)
+        yield _select(f"select {rule}", n, r, c, m, candidates, dtype)
+        wide = 2 * m  # more candidates than slots that a layer keeps
+        if select.fits_one_launch(n, wide):
+            continue
         yield Variant(
-            f"select side {rule}",
-            select.side_topk_kernel,
+            f"select side wide {rule}",
+            select_two_launches.side_topk_kernel,
             {**sides, "u": x, "t": x, "positions": "*i32", "H": "i32"},
-            select.side_launch(n, r, m, candidates=candidates, weighted=not additive),
+            select_two_launches.side_launch(n, r, wide, candidates=candidates, weighted=not additive),
         )
         yield Variant(
-            f"select grid {rule}",
-            select.grid_topk_kernel,
+            f"select grid wide {rule}",
+            select_two_launches.grid_topk_kernel,
             {**sides, "cores": x, "positions": "*i32", "found": "*i64", "scores": x, "addresses": "*i64", "H": "i32"},
-            select.grid_launch(n, r, c, m, candidates=candidates, additive=additive),
+            select_two_launches.grid_launch(n, r, c, wide, candidates=candidates, additive=additive),
         )
+    if m == max(each.top_m for each in SIZES.values()):
+        for candidates in ("one_tailed", "two_tailed"):
+            n, m = select.MAX_N, select.MAX_K
+            yield _select(f"select {candidates} {m} of {n}", n, RANKS, CORES, m, candidates, dtype)
+    n, m = size.side, size.top_m
     grads = {"grad": x, "addresses": "*i64", "grad_row": x, "grad_col": x}
     yield Variant(
         "select product gradient",
-        select.product_topk_backward_kernel,
+        select_backward.product_topk_backward_kernel,
         grads,
-        select.product_backward_launch(n, m),
+        select_backward.product_backward_launch(n, m),
     )
     yield Variant(
         "select tucker gradient",
-        select.tucker_topk_backward_kernel,
+        select_backward.tucker_topk_backward_kernel,
         {**grads, **sides, "cores": x, "core_parts": "*fp32", "H": "i32"},
-        select.tucker_backward_launch(n, RANKS, CORES, m),
+        select_backward.tucker_backward_launch(n, RANKS, CORES, m),
+    )
+
+
+def _select(name: str, n: int, r: int, c: int, m: int, candidates: str, dtype: str) -> Variant:
+    x, itemsize = f"*{dtype}", ITEMSIZE[dtype]
+    additive = "product" in name
+    launch = select.topk_launch(n, r, c, m, candidates=candidates, additive=additive, itemsize=itemsize)
+    types = {**dict.fromkeys(("row", "col", "u", "t", "cores", "scores"), x), "found": "*i64", "chosen": "*fp32"}
+    return Variant(
+        name,
+        select.topk_kernel,
+        {**types, "addresses": "*i64", "H": "i32"},
+        launch,
+        Budget(wide_loads=launch["UNROLL"] * r, registers=128),
     )
 
 
