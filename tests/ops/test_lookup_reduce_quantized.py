@@ -33,7 +33,9 @@ def test_value_equals_the_oracle(
     exact = reference.lookup_reduce_quantized(rows, scales, indices, scores.double(), num_blocks=size[-1])
     eager = reference.lookup_reduce_quantized(rows, scales, indices, scores, num_blocks=size[-1])
     actual = lookup_reduce_quantized(rows, scales, indices, scores, num_blocks=size[-1])
-    assert_as_exact_as_eager(["pooled"], [actual], [eager], as_float64([exact]))
+    # The Triton kernel adds 1.5 to every integer and takes it off the sum.
+    lost_bits = 3 if implementation is Implementation.TRITON else 0
+    assert_as_exact_as_eager(["pooled"], [actual], [eager], as_float64([exact]), lost_bits=lost_bits)
 
 
 @pytest.mark.parametrize(("t", "k"), [(0, 5), (2, 0)])
@@ -80,7 +82,7 @@ def test_float8_rows_keep_four_significant_bits() -> None:
     assert rows.dtype == torch.float8_e4m3fn
     restored = lookup_reduce_quantized(rows, scales, torch.arange(9).unsqueeze(1), torch.ones(9, 1, 1)).squeeze(1)
     assert ((restored - values).abs() <= values.abs() / 16 + scales.unsqueeze(1) * 2**-10).all()
-    assert torch.equal(restored.abs().amax(1), values.abs().amax(1))
+    torch.testing.assert_close(restored.abs().amax(1), values.abs().amax(1), rtol=1e-6, atol=0)  # scaled and back
     assert not restored[4].any()
 
 

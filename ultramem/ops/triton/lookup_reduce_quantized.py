@@ -173,7 +173,7 @@ def lookup_reduce_quantized(
     rows, weights = new_slot_order(indices_TK, n, c, groups)
     chunks = triton.cdiv(lookup.columns, tile.columns)
     wrap_triton(lookup_reduce_quantized_kernel)[(t * c * chunks, groups)](
-        values_NB.view(torch.int32),
+        values_NB.view(torch.int32 if word == WORD else torch.int8),
         scales_N,
         indices_TK,
         scores_TKC,
