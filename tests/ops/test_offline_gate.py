@@ -72,7 +72,7 @@ def run_compiler(*arguments: str | Path) -> dict:
 
 def test_compiled_graphs_copy_no_input_of_a_kernel() -> None:
     # torch.compile clones whatever it believes that a kernel writes; an input among them costs a launch and its bytes.
-    select = [["positions"], ["addresses", "found", "scores"]]
+    select = [["addresses", "chosen", "found", "scores"]]
     assert run_compiler("-c", TRACE) == {
         "lookup_dot": [["grad_scores"]],
         "lookup_reduce": [["out", "rows", "weights"]],
