@@ -244,7 +244,13 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path):
     path = tmp_path / "out.json"
     command = [sys.executable, "-m", "benchmarks.run", "--suite", "cpu", "--quick", "--subjects", SUBJECTS]
     command += ["--rows", "right,sleep", "--out", str(path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     until = time.monotonic() + 400
     while not path.exists() and time.monotonic() < until and process.poll() is None:
         time.sleep(0.1)
