@@ -38,6 +38,8 @@ RESERVE_S = 15.0  # for the table, and for what a stopped row takes to end
 TESTS_LIMIT_S = 150.0
 TEST_FILES = ("tests/ops", "tests/optim")
 REHEARSED_TESTS = ("tests/ops/test_permute_addresses.py",)  # CI runs all of them anyway
+NOTHING_SELECTED = 5  # pytest's exit status
+LOG_CHARS = 20_000  # of what the tests of a file printed, kept where one failed
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -63,13 +65,15 @@ def _run_test_file(file: str, deadline: float, *, dry_run: bool) -> dict[str, An
         return {"file": file, "status": "not run"}
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         report, log = Path(folder) / "report.xml", Path(folder) / "log"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", file]
+        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}", file]
         command += ["-x", "-k", "not inductor"] if dry_run else ["-m", "gpu and not slow"]
         environment = dict(os.environ)
         if not dry_run:
             environment.pop("TRITON_INTERPRET", None)
+        began = time.monotonic()
         with log.open("w") as stdout:
             status = run_within(command, left_s, environment, stdout=stdout)
+        seconds = round(time.monotonic() - began, 1)
         if report.exists():
             suite = ElementTree.parse(report).getroot().find("testsuite")
             counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
@@ -79,11 +83,14 @@ def _run_test_file(file: str, deadline: float, *, dry_run: bool) -> dict[str, An
                 if case.find("failure") is not None or case.find("error") is not None
             ]
             bad = counts["failures"] + counts["errors"]
-            return {"file": file, "status": "failed" if bad else "passed", **counts, "failed": failed}
-        how = "stopped at its limit" if status is None else f"exit status {status}"
-        nothing = status == 5  # pytest's "no test was selected"
-        tail = log.read_text(errors="replace")[-600:]
-        return {"file": file, "status": "nothing to run"} if nothing else {"file": file, "status": how, "log": tail}
+            found = {"file": file, "status": "failed" if bad else "passed", "seconds": seconds, **counts}
+            found["failed"] = failed
+        elif status == NOTHING_SELECTED:
+            return {"file": file, "status": "nothing to run"}
+        else:
+            how = "stopped at its limit" if status is None else f"exit status {status}"
+            found = {"file": file, "status": how, "seconds": seconds}
+        return found if found["status"] == "passed" else {**found, "log": log.read_text(errors="replace")[-LOG_CHARS:]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
