@@ -14,22 +14,24 @@ from ultramem.ops import Implementation, lookup_reduce_quantized, quantize_rows,
 SIZES = [(3, 9, 11, 24, 3, 4), (1, 1, 1, 2, 1, 1), (2, 17, 5, 36, 2, 9), (4, 8, 64, 256, 2, 4), (2, 5, 3, 604, 1, 2)]
 
 
-def make_inputs(size: tuple[int, ...], dtype: torch.dtype, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def make_inputs(
+    size: tuple[int, ...], dtype: torch.dtype, bits: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t, k, n, d, c, e = size
-    rows, scales = quantize_rows(torch.randn(n, d), bits)
-    indices = torch.randint(n * e, (t, k))
+    rows, scales = quantize_rows(torch.randn(n, d, device=device), bits)
+    indices = torch.randint(n * e, (t, k), device=device)
     if t and k > 1:
         indices[:, 1] = indices[:, 0]
-    return rows, scales, indices, torch.randn(t, k, c).to(dtype)
+    return rows, scales, indices, torch.randn(t, k, c, device=device).to(dtype)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_value_equals_the_oracle(
-    implementation: Implementation, dtype: torch.dtype, size: tuple[int, ...], bits: int
+    implementation: Implementation, device: torch.device, dtype: torch.dtype, size: tuple[int, ...], bits: int
 ) -> None:
-    rows, scales, indices, scores = make_inputs(size, dtype, bits)
+    rows, scales, indices, scores = make_inputs(size, dtype, bits, device)
     exact = reference.lookup_reduce_quantized(rows, scales, indices, scores.double(), num_blocks=size[-1])
     eager = reference.lookup_reduce_quantized(rows, scales, indices, scores, num_blocks=size[-1])
     actual = lookup_reduce_quantized(rows, scales, indices, scores, num_blocks=size[-1])
@@ -40,17 +42,18 @@ def test_value_equals_the_oracle(
 
 @pytest.mark.parametrize(("t", "k"), [(0, 5), (2, 0)])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_nothing_to_pool(implementation: Implementation, t: int, k: int, bits: int) -> None:
-    pooled = lookup_reduce_quantized(*make_inputs((t, k, 7, 12, 2, 4), torch.float32, bits), num_blocks=4)
-    assert torch.equal(pooled, torch.zeros(t, 4, 12))
+def test_nothing_to_pool(implementation: Implementation, device: torch.device, t: int, k: int, bits: int) -> None:
+    pooled = lookup_reduce_quantized(*make_inputs((t, k, 7, 12, 2, 4), torch.float32, bits, device), num_blocks=4)
+    assert torch.equal(pooled, torch.zeros(t, 4, 12, device=device))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_every_integer_is_read_back(implementation: Implementation, bits: int) -> None:
+def test_every_integer_is_read_back(implementation: Implementation, device: torch.device, bits: int) -> None:
     largest = 2 ** (bits - 1) - 1
-    values = torch.arange(-largest, largest + 2).clamp_max(largest).float()  # an even number of columns
+    values = torch.arange(-largest, largest + 2, device=device).clamp_max(largest).float()  # an even number of columns
     rows, scales = quantize_rows(values.unsqueeze(0), bits)
-    pooled = lookup_reduce_quantized(rows, scales, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, 1))
+    first = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    pooled = lookup_reduce_quantized(rows, scales, first, torch.ones(1, 1, 1, device=device))
     assert torch.equal(pooled[0, 0], values)
 
 
@@ -75,27 +78,29 @@ def test_rounding_is_to_the_nearest(dtype: torch.dtype, bits: int) -> None:
     assert torch.equal(restored.abs().amax(1).argsort(), values.float().abs().amax(1).argsort())
 
 
-def test_float8_rows_keep_four_significant_bits() -> None:
-    values = torch.randn(9, 10)
+def test_float8_rows_keep_four_significant_bits(device: torch.device) -> None:
+    values = torch.randn(9, 10, device=device)
     values[4] = 0
     rows, scales = quantize_rows(values, floating=True)
     assert rows.dtype == torch.float8_e4m3fn
-    restored = lookup_reduce_quantized(rows, scales, torch.arange(9).unsqueeze(1), torch.ones(9, 1, 1)).squeeze(1)
+    each = torch.arange(9, device=device).unsqueeze(1)
+    restored = lookup_reduce_quantized(rows, scales, each, torch.ones(9, 1, 1, device=device)).squeeze(1)
     assert ((restored - values).abs() <= values.abs() / 16 + scales.unsqueeze(1) * 2**-10).all()
     torch.testing.assert_close(restored.abs().amax(1), values.abs().amax(1), rtol=1e-6, atol=0)  # scaled and back
     assert not restored[4].any()
 
 
-def test_rows_past_two_to_the_31_elements(implementation: Implementation) -> None:
+def test_rows_past_two_to_the_31_elements(implementation: Implementation, device: torch.device) -> None:
     d, n = 1024, 2_300_000_000 // 1024
-    rows = torch.empty(n, d, dtype=torch.int8)  # virtual memory, unread but for 3 rows
-    scales = torch.empty(n)
-    far = torch.tensor([[2**31 // d, n - 1, 5]])
-    small, small_scales = quantize_rows(torch.randn(3, d))
+    rows = torch.empty(n, d, dtype=torch.int8, device=device)  # on a CPU virtual memory, unread but for 3 rows
+    scales = torch.empty(n, device=device)
+    far = torch.tensor([[2**31 // d, n - 1, 5]], device=device)
+    small, small_scales = quantize_rows(torch.randn(3, d, device=device))
     rows[far[0]], scales[far[0]] = small, small_scales
-    scores = torch.randn(1, 3, 2)
-    pooled = lookup_reduce_quantized(rows, scales, far + torch.tensor([[0, n, 0]]), scores, num_blocks=2)
-    near = torch.arange(3).unsqueeze(0) + torch.tensor([[0, 3, 0]])
+    scores = torch.randn(1, 3, 2, device=device)
+    second = torch.tensor([[0, 1, 0]], device=device)  # in the second block
+    pooled = lookup_reduce_quantized(rows, scales, far + n * second, scores, num_blocks=2)
+    near = torch.arange(3, device=device).unsqueeze(0) + 3 * second
     assert torch.equal(pooled, lookup_reduce_quantized(small, small_scales, near, scores, num_blocks=2))
 
 

@@ -73,6 +73,8 @@ def test_no_tokens(implementation: Implementation, device: torch.device) -> None
 
 
 def test_repeated_backward_gives_the_same_bits(implementation: Implementation, device: torch.device) -> None:
+    if implementation is Implementation.ATEN and device.type == "cuda":
+        pytest.skip("PyTorch's gather adds its gradient by atomics on a GPU")
     inputs = make_scores(2, 2, 20, dtype=torch.float32, device=device)
     grad = torch.randn(2, 2, 20, device=device)
     first, second = (value_and_gradients(lambda r, c: product_topk(r, c, 20).scores, inputs, grad) for _ in range(2))

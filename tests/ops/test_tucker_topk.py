@@ -131,6 +131,8 @@ def test_no_tokens(implementation: Implementation, device: torch.device, candida
 
 
 def test_repeated_backward_gives_the_same_bits(implementation: Implementation, device: torch.device) -> None:
+    if implementation is Implementation.ATEN and device.type == "cuda":
+        pytest.skip("PyTorch's gather adds its gradient by atomics on a GPU")
     inputs, pair = make_inputs(3, 1, 2, 12, 2, dtype=torch.float32, device=device)
     grad = torch.randn(3, 1, 12, 2, device=device)
     first, second = (value_and_gradients(lambda *x: tucker_topk(*x, *pair, 12).scores, inputs, grad) for _ in range(2))

@@ -38,6 +38,9 @@ def _lookup_dot(rows_ND: Tensor, indices_TK: Tensor, query_TD: Tensor, sparse_gr
         native_dots: Tensor = torch.ops.ultramem_native.lookup_dot(rows_ND, indices_TK, query_TD)
         return native_dots
     t, k = row_TK.shape
+    if rows_ND.is_cuda and rows_ND.dtype == torch.bfloat16:  # aten has no such kernel
+        products_TKD = rows_ND[row_TK].float() * query_TD.float().unsqueeze(1)
+        return products_TKD.sum(-1).to(rows_ND.dtype)
     # The gradient of an embedding bag's weights is this very product, without a copy of the rows: token t is a bag
     # of K slots, and the query is the gradient of its sum.
     slots = torch.arange(t * k, device=row_TK.device)

@@ -155,7 +155,7 @@ def _bag_gradients(
     bags = _bags(n, indices_TK, scores_TKC.to(values_ND.dtype), e)
     table = values_ND.view(n * c, x)
     sizes = torch.diff(bags.first, append=bags.first.new_tensor([t * c * k]))
-    bag = torch.repeat_interleave(torch.arange(t * c * e), sizes)
+    bag = torch.repeat_interleave(torch.arange(t * c * e, device=sizes.device), sizes)
     grad_bags = grad_TED.view(t, e, c, x).transpose(1, 2).reshape(t * c * e, x)
     grad_scores = scores_TKC.new_empty(0)
     if need_scores:

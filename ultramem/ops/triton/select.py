@@ -327,9 +327,9 @@ def topk_kernel(
                 if OVERLAP:  # a cell of both tails counts once
                     row_twice = i_rank < 0
                     col_twice = j_rank < 0
-                    for s in range(S):
-                        high_row = tl.load(chosen + R * S + s).to(tl.int32, bitcast=True)
-                        high_col = tl.load(chosen + (2 * R + 1) * S + s).to(tl.int32, bitcast=True)
+                    for high in range(S):
+                        high_row = tl.load(chosen + R * S + high).to(tl.int32, bitcast=True)
+                        high_col = tl.load(chosen + (2 * R + 1) * S + high).to(tl.int32, bitcast=True)
                         row_twice = row_twice | (_position(row_at, valid, S, R) == high_row)
                         col_twice = col_twice | (_position(col_at, valid, S, R) == high_col)
                     valid = valid & ((of_tail == 0) | ~(row_twice & col_twice))
