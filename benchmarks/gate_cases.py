@@ -22,6 +22,7 @@ from benchmarks.cubin import WIDEST_ACCESS_BYTES
 from benchmarks.occupancy import THREADS_PER_WARP
 from ultramem.ops.triton import (
     dispatch,
+    lookup_product,
     lookup_reduce,
     lookup_reduce_quantized,
     permute_addresses,
@@ -95,38 +96,47 @@ def row_loads(launch: dict[str, Any], dtype: str, *, tiles: int = 1, rows: int |
     return int(tiles * elements * ITEMSIZE[dtype] // (lanes * WIDEST_ACCESS_BYTES))
 
 
-def tiles_of(lookup: dispatch.Lookup) -> dict[str, dispatch.PoolTile]:
-    """The tiles that dispatch picks on some device, by name."""
-    picked = {tile for capability in CAPABILITIES for _, tile in dispatch.pool_tiles(lookup, capability)}
-    built = {build.__name__.removesuffix("_tokens"): build(lookup) for build in dispatch.TILES}
-    return {name: tile for name, tile in built.items() if tile in picked}
-
-
 def lookup_reduce_variants(size: Size, dtype: str) -> Iterator[Variant]:
     x, d, k, itemsize = f"*{dtype}", size.value_dim, size.top_m * HEADS, ITEMSIZE[dtype]
-    slots = {"indices": "*i64", "scores": x, "rows": "*i32", "weights": "*fp32"}
-    shape = {"out": x, "N": "i32", "K": "i32", "T": "i32"}
+    inputs = {"indices": "*i64", "scores": x, "out": x, "N": "i32", "K": "i32"}
     lookup = dispatch.Lookup(slots=k, columns=d // CORES, itemsize=itemsize, cores=CORES, blocks=BLOCKS)
-    for name, tile in tiles_of(lookup).items():
-        for how, seed in {"": None, " permuted": 0}.items():
+    quantised = {
+        f"int{bits}": (bits, lookup_reduce_quantized.quantized_lookup(k, d, CORES, BLOCKS, bits=bits))
+        for bits in (8, 4)
+    }
+    for how, seed in {"": None, " permuted": 0}.items():
+        if itemsize == 2:
+            launch = lookup_product.product_launch(
+                k, d, CORES, BLOCKS, columns=64, size=size.side**2, permutation_seed=seed
+            )
+            yield Variant(
+                f"lookup_reduce product{how}",
+                lookup_product.lookup_product_kernel,
+                {"values": x, **inputs},
+                launch,
+                Budget(wide_loads=row_loads(launch, dtype), registers=64, barriers_in_loop=0),
+            )
+        for build in dispatch.TILES:
+            name, tile = build.__name__.removesuffix("_tokens"), build(lookup)
             launch = lookup_reduce.pool_launch(tile, k, d, CORES, BLOCKS, size=size.side**2, permutation_seed=seed)
             yield Variant(
                 f"lookup_reduce {name}{how}",
                 lookup_reduce.lookup_reduce_kernel,
-                {"values": x, **slots, **shape},
-                {**launch, "scales": None},
-                Budget(wide_loads=row_loads(launch, dtype), registers=64, barriers_in_loop=0),
+                {"values": x, **inputs, **({} if seed is None else {"permuted": "*i64"})},
+                {**launch, "scales": None, **({"permuted": None} if seed is None else {})},
+                # Permuted addresses may cross lanes in a loop of one warp, which waits for nobody.
+                Budget(wide_loads=row_loads(launch, dtype), registers=128, barriers_in_loop=0 if seed is None else 1),
             )
-    for bits in (8, 4):
-        words = lookup_reduce_quantized.quantized_lookup(k, d, CORES, BLOCKS, bits=bits)
-        for name, tile in tiles_of(words).items():
+    for kind, (bits, words) in quantised.items():
+        for build in dispatch.TILES:
+            name, tile = build.__name__.removesuffix("_tokens"), build(words)
             launch = lookup_reduce.pool_launch(tile, k, d, CORES, BLOCKS, size=size.side**2, permutation_seed=0)
             yield Variant(
-                f"lookup_reduce int{bits} {name}",
+                f"lookup_reduce {kind} {name}",
                 lookup_reduce_quantized.lookup_reduce_quantized_kernel,
-                {"words": "*i32", "scales": "*fp32", **slots, **shape},
+                {"words": "*i32", "scales": "*fp32", **inputs, "permuted": "*i64"},
                 {**launch, "BITS": bits, "WORD": 8 * words.itemsize},
-                Budget(wide_loads=row_loads(launch, "fp32"), registers=128, barriers_in_loop=0),
+                Budget(wide_loads=row_loads(launch, "fp32"), registers=168, barriers_in_loop=1),
             )
 
 

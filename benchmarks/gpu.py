@@ -65,7 +65,17 @@ def _run_test_file(file: str, deadline: float, *, dry_run: bool) -> dict[str, An
         return {"file": file, "status": "not run"}
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         report, log = Path(folder) / "report.xml", Path(folder) / "log"
-        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}", file]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-v",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            file,
+        ]
         command += ["-x", "-k", "not inductor"] if dry_run else ["-m", "gpu and not slow"]
         environment = dict(os.environ)
         if not dry_run:

@@ -76,13 +76,16 @@ def test_frozen_table_still_gives_the_gradient_of_scores(implementation: Impleme
     torch.testing.assert_close(alone[1], both[2])
 
 
-def test_rows_of_other_blocks_do_not_reach_a_block(implementation: Implementation, device: torch.device) -> None:
-    values = torch.ones(4, 8, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_infinite_row_reaches_only_tokens_that_read_it(
+    implementation: Implementation, device: torch.device, dtype: torch.dtype
+) -> None:
+    values = torch.ones(4, 8, device=device, dtype=dtype)
     values[0] = torch.inf
-    indices = torch.tensor([[0, 4 + 1]], device=device)  # the infinite row in block 0, a finite one in block 1
-    pooled = lookup_reduce(values, indices, torch.ones(1, 2, 1, device=device), num_blocks=2)
-    assert pooled[0, 0].isinf().all()
-    assert torch.equal(pooled[0, 1], torch.ones(8, device=device))
+    indices = torch.tensor([[0, 2], [1, 2]], device=device)
+    pooled = lookup_reduce(values, indices, torch.ones(2, 2, 1, device=device, dtype=dtype))
+    assert pooled[0].isinf().all()
+    assert torch.equal(pooled[1, 0], torch.full((8,), 2.0, device=device, dtype=dtype))
 
 
 @pytest.mark.parametrize("sparse_grad", [False, True])

@@ -23,7 +23,7 @@ from ultramem.ops import (
     reference,
     use_implementation,
 )
-from ultramem.ops.triton import dispatch, row_gradient, score_gradient, slot_order
+from ultramem.ops.triton import _slots, dispatch, lookup_product, row_gradient, score_gradient
 from ultramem.ops.triton import lookup_reduce as forward
 from ultramem.ops.triton import lookup_reduce_quantized as quantized
 
@@ -52,7 +52,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def use_tile(monkeypatch: pytest.MonkeyPatch, tile: Callable[[dispatch.Lookup], dispatch.PoolTile]) -> None:
     for module in (forward, quantized):
-        monkeypatch.setattr(module, "pool_tile", lambda tokens, lookup, capability: tile(lookup))
+        monkeypatch.setattr(module, "pool_tile", lambda tokens, lookup: tile(lookup))
 
 
 def make_inputs(
@@ -81,18 +81,30 @@ def test_every_tile_pools_the_oracle(
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("c", "e", "x"), [(1, 1, 7), (2, 4, 24), (1, 17, 36)], ids=str)
+@pytest.mark.parametrize("slots", [16, 128])
+def test_products_pool_the_oracle(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, dtype: torch.dtype, c: int, e: int, x: int, slots: int
+) -> None:
+    monkeypatch.setattr(lookup_product, "MAX_SLOTS", slots)  # one piece, or several
+    values, indices, scores, _ = make_inputs(2, 39, 5, x * c, c, e, device, dtype)
+    exact = reference.lookup_reduce(values.double(), indices, scores.double(), num_blocks=e)
+    eager = reference.lookup_reduce(values, indices, scores, num_blocks=e)
+    pooled = lookup_product.lookup_product(values, indices, scores, e, None)
+    assert_as_exact_as_eager(["pooled"], [pooled], [eager], [exact])
+    again = lookup_product.lookup_product(values, permute_addresses(indices, 5 * e, SEED), scores, e, None)
+    assert torch.equal(lookup_product.lookup_product(values, indices, scores, e, SEED), again)
+
+
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("piece", [4, 16])
-def test_slots_are_ordered_in_pieces(monkeypatch: pytest.MonkeyPatch, device: torch.device, piece: int) -> None:
-    monkeypatch.setattr(slot_order, "MAX_PIECE", piece)
+def test_addresses_are_permuted_in_pieces(monkeypatch: pytest.MonkeyPatch, device: torch.device, piece: int) -> None:
+    monkeypatch.setattr(_slots, "MAX_PIECE", piece)
     values, indices, scores, _ = make_inputs(2, 21, 5, 16, 2, 4, device)
-    exact = reference.lookup_reduce(values.double(), indices, scores.double(), num_blocks=4)
-    pooled = lookup_reduce(values, indices, scores, num_blocks=4)
-    torch.testing.assert_close(pooled.double(), exact, rtol=1e-5, atol=1e-5)
-
-
-def test_too_many_slots_for_a_counter_are_refused() -> None:
-    with pytest.raises(ValueError, match="at most 65535 slots a token"):
-        slot_order.order_constants(65536, 8, None)
+    pooled = lookup_reduce(values, indices, scores, num_blocks=4, permutation_seed=SEED)
+    permuted = permute_addresses(indices, 5 * 4, SEED)
+    assert torch.equal(pooled, lookup_reduce(values, permuted, scores, num_blocks=4))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -191,15 +203,16 @@ def test_float8_needs_a_device_that_has_it(monkeypatch: pytest.MonkeyPatch, devi
 def test_tiles_of_many_tokens_keep_enough_bytes_in_flight(size: str, itemsize: int, capability: int) -> None:
     slots, columns = PAPER[size]
     lookup = dispatch.Lookup(slots=slots, columns=columns, itemsize=itemsize, cores=2, blocks=4)
-    tile = dispatch.pool_tile(65536, lookup, capability)
+    tile = dispatch.pool_tile(65536, lookup)
     assert tile.bytes_in_flight >= dispatch.DEVICES[capability].bytes_in_flight_needed
     assert tile.warps == 1
-    assert dispatch.pool_tile(1, lookup, capability).warps == 4
+    assert dispatch.pool_tile(1, lookup).warps == 4
 
 
 def test_an_open_number_of_tokens_counts_as_many_and_guards_nothing() -> None:
     lookup = dispatch.Lookup(slots=84, columns=512, itemsize=2, cores=2, blocks=4)
     shapes = ShapeEnv()
     tokens = shapes.create_unbacked_symint()
-    assert dispatch.pool_tile(tokens, lookup, 90) == dispatch.pool_tile(65536, lookup, 90)
+    assert dispatch.pool_tile(tokens, lookup) == dispatch.pool_tile(65536, lookup)
+    assert dispatch.pools_by_products(tokens, lookup) == dispatch.pools_by_products(65536, lookup)
     assert not shapes.guards

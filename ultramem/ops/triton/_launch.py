@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -18,3 +19,8 @@ def refuse_float64(**tensors: Tensor) -> None:
 
 def next_power_of_2(x: int) -> int:
     return 1 << (x - 1).bit_length()
+
+
+def is_interpreted() -> bool:
+    """Do kernels run in Triton's interpreter?"""
+    return bool(triton.knobs.runtime.interpret)

@@ -7,7 +7,6 @@ dependent memory accesses times the waves of programs. Its figures are the data 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,14 +14,16 @@ import triton
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ultramem.ops.triton._launch import next_power_of_2
-from ultramem.ops.triton.slot_order import MAX_GROUP
 
 LANES = 32
 LOAD_BYTES = 16  # of a lane: the widest load
 WARP_LOAD_BYTES = LANES * LOAD_BYTES
 MOST_PROGRAMS = 32  # of a processor at a time
+FEW_TOKENS = 64
 FEW_TOKENS_WARPS = 4
 FEW_TOKENS_SLOTS = 128
+MAX_GROUP = 4
+PRODUCT_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +59,7 @@ class Lookup:
     itemsize: int  # of a loaded element
     cores: int
     blocks: int
+    group: int = MAX_GROUP  # blocks of a program, each with accumulators of its own
     row_loads: int = 8  # loads of rows of a lane in a tile; elements that take registers to unpack want fewer
 
 
@@ -65,7 +67,7 @@ class Lookup:
 class PoolTile:
     """Constants of the pooling kernels, and how many of their programs a processor holds."""
 
-    group: int  # blocks that a program pools, one after the other
+    group: int  # blocks that a program pools
     slots: int  # rows
     columns: int
     at_once: int  # rows that one load of all lanes covers
@@ -97,27 +99,21 @@ def many_tokens(lookup: Lookup) -> PoolTile:
     """One warp a program: it waits for no other warp, and 32 of them in 64 registers keep 64 KB in flight."""
     columns = row_columns(lookup)
     slots = min(LANES, lookup.row_loads * max(1, WARP_LOAD_BYTES // (columns * lookup.itemsize)))
-    return _tile(lookup, min(MAX_GROUP, lookup.blocks), slots, columns, warps=1)
-
-
-def some_tokens(lookup: Lookup) -> PoolTile:
-    """As for many, with a program for each block: chains E times as short, slots ordered E times as often."""
-    many = many_tokens(lookup)
-    return _tile(lookup, 1, many.slots, many.columns, warps=1)
+    return _tile(lookup, slots, columns, warps=1)
 
 
 def few_tokens(lookup: Lookup) -> PoolTile:
-    """A program for each block, its four warps asking for all of the block's rows at once: the decode shape."""
-    slots = min(FEW_TOKENS_SLOTS, max(8, next_power_of_2(triton.cdiv(lookup.slots, lookup.blocks))))
+    """Four warps that ask for all rows of few columns at once: the decode shape."""
+    slots = min(FEW_TOKENS_SLOTS, max(8, next_power_of_2(lookup.slots)))
     tile_bytes = lookup.row_loads * FEW_TOKENS_WARPS * WARP_LOAD_BYTES
     columns = min(row_columns(lookup), tile_bytes // (slots * lookup.itemsize))
-    return _tile(lookup, 1, slots, columns, warps=FEW_TOKENS_WARPS)
+    return _tile(lookup, slots, columns, warps=FEW_TOKENS_WARPS)
 
 
-def _tile(lookup: Lookup, group: int, slots: int, columns: int, *, warps: int) -> PoolTile:
+def _tile(lookup: Lookup, slots: int, columns: int, *, warps: int) -> PoolTile:
     at_once = max(1, min(slots, warps * WARP_LOAD_BYTES // (columns * lookup.itemsize)))
     return PoolTile(
-        group=group,
+        group=min(lookup.group, lookup.blocks),
         slots=slots,
         columns=columns,
         at_once=at_once,
@@ -127,43 +123,17 @@ def _tile(lookup: Lookup, group: int, slots: int, columns: int, *, warps: int) -
     )
 
 
-TILES = (few_tokens, some_tokens, many_tokens)
+TILES = (few_tokens, many_tokens)
 
 
-def modelled_us(tile: PoolTile, device: Device, lookup: Lookup, tokens: int) -> float:
-    """Time of a launch by the model, without the launch itself."""
-    groups = triton.cdiv(lookup.blocks, tile.group)
-    programs = tokens * lookup.cores * triton.cdiv(lookup.columns, tile.columns) * groups
-    row_bytes = tile.columns * tile.itemsize
-    tiles = tile.group * triton.cdiv(triton.cdiv(lookup.slots, lookup.blocks), tile.slots)
-    # Of a warp, read from the cubins: 250 to permute and order 32 slots, 5 an element of a row.
-    ordering = 250 * max(1.0, lookup.slots / (LANES * tile.warps)) if lookup.blocks > 1 else 0
-    instructions = ordering + tiles * (tile.slots / tile.at_once) * 5 * (LOAD_BYTES // tile.itemsize)
-    issue_rate = device.issues_per_clock * device.clock_mhz * device.processors
-    bytes_us = programs * (lookup.slots / groups) * row_bytes / device.bytes_per_us
-    issue_us = programs * tile.warps * instructions / issue_rate
-    chain_us = instructions / device.clock_mhz + (3 + tiles) * device.latency_us
-    waves = triton.cdiv(programs, device.processors * tile.resident)
-    # The three overlap, but not wholly.
-    costs = (bytes_us, issue_us, waves * chain_us)
-    return float(0.75 * max(costs) + 0.25 * sum(costs))
-
-
-@lru_cache(maxsize=256)
-def pool_tiles(lookup: Lookup, capability: int) -> tuple[tuple[int, PoolTile], ...]:
-    """Tiles, each with the token count up to which it is modelled to be the fastest, fewest tokens first."""
-    device = DEVICES[max((known for known in DEVICES if known <= capability), default=min(DEVICES))]
-    tiles = [build(lookup) for build in TILES]
-    up_to: dict[PoolTile, int] = {}
-    for tokens in (2**power for power in range(13)):
-        up_to[min(tiles, key=lambda tile: modelled_us(tile, device, lookup, tokens))] = tokens  # used here
-    return tuple(sorted(((tokens, tile) for tile, tokens in up_to.items()), key=lambda each: each[0]))
-
-
-def pool_tile(tokens: Any, lookup: Lookup, capability: int) -> PoolTile:
+def pool_tile(tokens: Any, lookup: Lookup) -> PoolTile:
     """The tile for so many tokens; a number that a compiler leaves open counts as many."""
-    *fewer, (_, most) = pool_tiles(lookup, capability)
-    return next((tile for up_to, tile in fewer if statically_known_true(tokens <= up_to)), most)
+    return few_tokens(lookup) if statically_known_true(tokens <= FEW_TOKENS) else many_tokens(lookup)
+
+
+def pools_by_products(tokens: Any, lookup: Lookup) -> bool:
+    """Are tensor cores the faster way?"""
+    return lookup.itemsize == 2 and (lookup.blocks > MAX_GROUP or statically_known_true(tokens <= PRODUCT_TOKENS))
 
 
 def capability_of(device: torch.device) -> int:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ultramem.ops.triton._launch import refuse_float64
-from ultramem.ops.triton.dispatch import Lookup, PoolTile, capability_of, pool_tile
-from ultramem.ops.triton.slot_order import count_of, new_slot_order, order_constants, order_slots
+from ultramem.ops.triton._slots import locate, permutation_launch, permute_slots
+from ultramem.ops.triton.dispatch import Lookup, PoolTile, capability_of, pool_tile, pools_by_products
+from ultramem.ops.triton.lookup_product import lookup_product
 
 # The first GPUs that convert float8 e4m3.
 FP8_CAPABILITY = 89
@@ -27,12 +28,10 @@ def lookup_reduce_kernel(
     scales,
     indices,
     scores,
-    rows,
-    weights,
+    permuted,
     out,
     N,
     K,
-    T,
     D: tl.constexpr,
     C: tl.constexpr,
     E: tl.constexpr,
@@ -41,21 +40,19 @@ def lookup_reduce_kernel(
     COLUMNS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     PIECE: tl.constexpr,
-    PIECES: tl.constexpr,
     PERMUTATION: tl.constexpr,
 ):
     """out[t,e,x] = sum over slots k of token t in block e of scores[t,k,core(x)] * values[row(k),x].
 
-    A program pools COLUMNS columns of one core of one token into a group of blocks, one block after the other. A tile
-    is SLOTS rows; AT_ONCE of them are one load of the program's lanes, and only those stay apart in the accumulator.
-    With one block and no permutation the indices are the rows; else `rows` and `weights` are memory to order them in.
+    A program pools COLUMNS columns of one core of one token into a group of blocks, with an accumulator for each: no
+    slot waits for its block's turn. A tile is SLOTS rows; AT_ONCE of them are one load of the program's lanes, and only
+    those stay apart in the accumulators. With PERMUTATION, `permuted` [T,K] is memory for the addresses that it gives.
     With `scales` [N], rows are bytes of float8 e4m3 and the scale of each multiplies its weights.
-    Bytes: K * D * itemsize of rows a token, each once; 8 K of indices and 2 * (8 to 12) K of ordered slots a program,
-    mostly from L1 and L2; E * D * itemsize written.
+    Bytes: K * D * itemsize of rows a token, each once; 8 K of indices a program, mostly from L1 and L2;
+    E * D * itemsize written.
     """
     X: tl.constexpr = D // C
     CHUNKS: tl.constexpr = (X + COLUMNS - 1) // COLUMNS
-    ORDERED: tl.constexpr = E > 1 or PERMUTATION is not None or scales is not None
     # Programs of a token are neighbours: together they read whole rows, and its indices from L2.
     program = tl.program_id(0)
     token = (program // (C * CHUNKS)).to(tl.int64)
@@ -64,41 +61,43 @@ def lookup_reduce_kernel(
     column = core * X + lane
     inside = lane < X
     group = tl.program_id(1)
-    if ORDERED:
-        first_slot = (group.to(tl.int64) * T + token) * K
-        rows += first_slot
-        weights += (first_slot * C) + core * tl.cast(K, tl.int64)
-        sizes, begins = order_slots(
-            indices, scores, scales, rows, weights, token, core, group * GROUP, N, K,
-            C, GROUP, PIECE, PIECES, PERMUTATION,
-        )  # fmt: skip
-    else:
-        rows = indices + token * K
-        weights = scores + token * K * C + core
-    for e in range(GROUP):
-        if ORDERED:
-            begin = count_of(begins, e)
-            end = begin + count_of(sizes, e)
-        else:
-            begin = 0
-            end = K
-        acc = tl.zeros([AT_ONCE, COLUMNS], tl.float32)
-        for k0 in range(begin, end, SLOTS):
-            loaded = ()
-            weight = ()
-            for i in tl.static_range(SLOTS // AT_ONCE):
-                slot = k0 + i * AT_ONCE + tl.arange(0, AT_ONCE)
-                row = tl.load(rows + slot, mask=slot < end, other=0).to(tl.int64)
-                weight = weight + (tl.load(weights + slot * (1 if ORDERED else C), mask=slot < end, other=0.0),)
-                mask = (slot < end)[:, None] & inside[None, :]
-                value = tl.load(values + row[:, None] * D + column[None, :], mask=mask, other=0)
-                if scales is not None:
-                    value = value.to(tl.float8e4nv, bitcast=True)
-                loaded = loaded + (value,)
-            for i in tl.static_range(SLOTS // AT_ONCE):
-                acc += weight[i].to(tl.float32)[:, None] * loaded[i].to(tl.float32)
+    rows_N = tl.cast(N, tl.int64)
+    indices += token * K
+    scores += token * K * C + core
+    if PERMUTATION is not None:
+        permuted += token * K
+        permute_slots(indices, permuted, K, PIECE, PERMUTATION)
+        indices = permuted
+    acc = ()
+    for _ in tl.static_range(GROUP):
+        acc = acc + (tl.zeros([AT_ONCE, COLUMNS], tl.float32),)
+    for k0 in range(0, K, SLOTS):
+        loaded = ()
+        weights = ()
+        blocks = ()
+        for i in tl.static_range(SLOTS // AT_ONCE):
+            slot = k0 + i * AT_ONCE + tl.arange(0, AT_ONCE)
+            index = tl.load(indices + slot, mask=slot < K, other=0)
+            row, block, mine = locate(index, slot < K, group * GROUP, rows_N, GROUP)
+            weight = tl.load(scores + slot * C, mask=mine, other=0.0).to(tl.float32)
+            if scales is not None:
+                weight *= tl.load(scales + row, mask=mine, other=0.0)
+            mask = mine[:, None] & inside[None, :]
+            value = tl.load(values + row[:, None] * D + column[None, :], mask=mask, other=0)
+            if scales is not None:
+                value = value.to(tl.float8e4nv, bitcast=True)
+            loaded = loaded + (value,)
+            weights = weights + (weight,)
+            blocks = blocks + (block,)
+        for i in tl.static_range(SLOTS // AT_ONCE):
+            value = loaded[i].to(tl.float32)
+            added = ()
+            for e in tl.static_range(GROUP):
+                added = added + (acc[e] + tl.where(blocks[i] == e, weights[i], 0.0)[:, None] * value,)
+            acc = added
+    for e in tl.static_range(GROUP):
         block = group * GROUP + e
-        pooled = tl.sum(acc, axis=0).to(out.dtype.element_ty)
+        pooled = tl.sum(acc[e], axis=0).to(out.dtype.element_ty)
         tl.store(out + (token * E + block) * D + column, pooled, mask=inside & (lane * 0 + block < E))
 
 
@@ -106,7 +105,7 @@ def pool_launch(
     tile: PoolTile, k: int, d: int, c: int, num_blocks: int, *, size: int = 0, permutation_seed: int | None = None
 ) -> dict[str, Any]:
     """Constants and warps of the kernel, for K slots a token of a virtual table of `size` rows."""
-    constants = {"D": d, "C": c, "E": num_blocks, **tile.constants, **order_constants(k, size, permutation_seed)}
+    constants = {"D": d, "C": c, "E": num_blocks, **tile.constants, **permutation_launch(k, size, permutation_seed)}
     return {**constants, "num_warps": tile.warps}
 
 
@@ -115,7 +114,17 @@ def lookup_reduce(
 ) -> Tensor:
     """Pooled rows [T,E,D]."""
     refuse_float64(values_ND=values_ND, scores_TKC=scores_TKC)
-    return _pool(values_ND, None, indices_TK, scores_TKC, num_blocks, permutation_seed, values_ND.dtype)
+    t, k, c = scores_TKC.shape
+    lookup = Lookup(
+        slots=int(k),
+        columns=int(values_ND.shape[1]) // int(c),
+        itemsize=values_ND.element_size(),
+        cores=int(c),
+        blocks=num_blocks,
+    )
+    if values_ND.dtype == scores_TKC.dtype and pools_by_products(t, lookup):
+        return lookup_product(values_ND, indices_TK, scores_TKC, num_blocks, permutation_seed)
+    return _pool(values_ND, None, indices_TK, scores_TKC, lookup, permutation_seed, values_ND.dtype)
 
 
 def lookup_reduce_fp8(
@@ -131,8 +140,10 @@ def lookup_reduce_fp8(
     if capability < FP8_CAPABILITY:
         least, here = (f"{each // 10}.{each % 10}" for each in (FP8_CAPABILITY, capability))
         raise ValueError(f"values of {values_ND.dtype} need a GPU of compute capability {least} or more, got {here}")
+    k, c = map(int, scores_TKC.shape[1:])
+    lookup = Lookup(slots=k, columns=int(values_ND.shape[1]) // c, itemsize=1, cores=c, blocks=num_blocks)
     values_NB = values_ND.view(torch.uint8)
-    return _pool(values_NB, scales_N, indices_TK, scores_TKC, num_blocks, permutation_seed, scores_TKC.dtype)
+    return _pool(values_NB, scales_N, indices_TK, scores_TKC, lookup, permutation_seed, scores_TKC.dtype)
 
 
 def _pool(
@@ -140,26 +151,20 @@ def _pool(
     scales_N: Tensor | None,
     indices_TK: Tensor,
     scores_TKC: Tensor,
-    num_blocks: int,
+    lookup: Lookup,
     permutation_seed: int | None,
     dtype: torch.dtype,
 ) -> Tensor:
     n, d = map(int, values_ND.shape)
-    t, k, c = scores_TKC.shape
-    k, c = int(k), int(c)
-    out_TED = values_ND.new_empty(t, num_blocks, d, dtype=dtype)
+    t, k, c, e = scores_TKC.shape[0], lookup.slots, lookup.cores, lookup.blocks
+    out_TED = values_ND.new_empty(t, e, d, dtype=dtype)
     if t == 0:
         return out_TED
-    lookup = Lookup(slots=k, columns=d // c, itemsize=values_ND.element_size(), cores=c, blocks=num_blocks)
-    tile = pool_tile(t, lookup, capability_of(values_ND.device))
-    launch = pool_launch(tile, k, d, c, num_blocks, size=n * num_blocks, permutation_seed=permutation_seed)
-    groups = triton.cdiv(num_blocks, tile.group)
-    if num_blocks == 1 and permutation_seed is None and scales_N is None:
-        rows, weights = indices_TK, scores_TKC
-    else:
-        rows, weights = new_slot_order(indices_TK, n, c, groups)
-    chunks = triton.cdiv(d // c, tile.columns)
-    wrap_triton(lookup_reduce_kernel)[(t * c * chunks, groups)](
-        values_ND, scales_N, indices_TK, scores_TKC, rows, weights, out_TED, n, k, t, **launch
+    tile = pool_tile(t, lookup)
+    launch = pool_launch(tile, k, d, c, e, size=n * e, permutation_seed=permutation_seed)
+    permuted_TK = None if permutation_seed is None else indices_TK.new_empty(t, k)
+    grid = (t * c * triton.cdiv(lookup.columns, tile.columns), triton.cdiv(e, tile.group))
+    wrap_triton(lookup_reduce_kernel)[grid](
+        values_ND, scales_N, indices_TK, scores_TKC, permuted_TK, out_TED, n, k, **launch
     )
     return out_TED

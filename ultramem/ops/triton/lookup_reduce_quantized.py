@@ -1,7 +1,6 @@
 """Forward of lookup_reduce on rows of int8 or int4 with a scale each: dequantised in registers, 16 bytes a lane.
 
-The scale of a row multiplies its weights where slots are ordered, once a slot, so that the tiles know of none. Rows of
-float8 are served by `lookup_reduce` itself.
+The scale of a row multiplies its weights, once a slot. Rows of float8 are served by `lookup_reduce` itself.
 
 Shapes: N rows, D value dim, T tokens, K slots a token, C cores, E blocks, G groups of blocks, X = D/C columns a core,
 W words a core.
@@ -15,14 +14,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from ultramem.ops.triton.dispatch import Lookup, capability_of, pool_tile
+from ultramem.ops.triton._slots import locate, permute_slots
+from ultramem.ops.triton.dispatch import Lookup, pool_tile
 from ultramem.ops.triton.lookup_reduce import lookup_reduce_fp8, pool_launch
-from ultramem.ops.triton.slot_order import count_of, new_slot_order, order_slots
 
 # Bits of a load's element; bytes, where a core's share of a row is no whole number of words.
 WORD, BYTE = 32, 8
 # Loads of rows that a lane has in its tile: unpacked, 4 are as many registers as 8 of bfloat16.
 ROW_LOADS = 4
+# Blocks of a program: each has an accumulator for every element of a loaded word.
+GROUP = {8: 4, 4: 2}
 
 
 @triton.jit
@@ -60,12 +61,10 @@ def lookup_reduce_quantized_kernel(
     scales,
     indices,
     scores,
-    rows,
-    weights,
+    permuted,
     out,
     N,
     K,
-    T,
     D: tl.constexpr,
     C: tl.constexpr,
     E: tl.constexpr,
@@ -76,7 +75,6 @@ def lookup_reduce_quantized_kernel(
     COLUMNS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     PIECE: tl.constexpr,
-    PIECES: tl.constexpr,
     PERMUTATION: tl.constexpr,
 ):
     """out[t,e,x] = sum over slots k of token t in block e of scores[t,k,core(x)] * scales[row(k)] * values[row(k),x].
@@ -95,45 +93,53 @@ def lookup_reduce_quantized_kernel(
     column = core * W + lane
     inside = lane < W
     group = tl.program_id(1)
-    first_slot = (group.to(tl.int64) * T + token) * K
-    rows += first_slot
-    weights += (first_slot * C) + core * tl.cast(K, tl.int64)
-    sizes, begins = order_slots(
-        indices, scores, scales, rows, weights, token, core, group * GROUP, N, K,
-        C, GROUP, PIECE, PIECES, PERMUTATION,
-    )  # fmt: skip
+    rows_N = tl.cast(N, tl.int64)
+    indices += token * K
+    scores += token * K * C + core
+    if PERMUTATION is not None:
+        permuted += token * K
+        permute_slots(indices, permuted, K, PIECE, PERMUTATION)
+        indices = permuted
     # The top bit of every element: flipping it makes v + 2^(BITS-1) of v.
     FLIP: tl.constexpr = -2139062144 if BITS == 8 else -2004318072
-    for e in range(GROUP):
-        begin = count_of(begins, e)
-        end = begin + count_of(sizes, e)
-        total = tl.zeros([AT_ONCE], tl.float32)
-        acc = ()
+    acc = ()
+    totals = ()
+    for _ in tl.static_range(GROUP):
+        totals = totals + (tl.zeros([AT_ONCE], tl.float32),)
         for _ in tl.static_range(COUNT):
             acc = acc + (tl.zeros([AT_ONCE, COLUMNS], tl.float32),)
-        for k0 in range(begin, end, SLOTS):
-            loaded = ()
-            weight = ()
-            for i in tl.static_range(SLOTS // AT_ONCE):
-                slot = k0 + i * AT_ONCE + tl.arange(0, AT_ONCE)
-                row = tl.load(rows + slot, mask=slot < end, other=0).to(tl.int64)
-                weight = weight + (tl.load(weights + slot, mask=slot < end, other=0.0),)
-                mask = (slot < end)[:, None] & inside[None, :]
-                loaded = loaded + (tl.load(words + row[:, None] * (W * C) + column[None, :], mask=mask, other=0),)
-            for i in tl.static_range(SLOTS // AT_ONCE):
-                total += weight[i]
-                biased = loaded[i].to(tl.int32) ^ FLIP
-                added = ()
+    for k0 in range(0, K, SLOTS):
+        loaded = ()
+        weights = ()
+        blocks = ()
+        for i in tl.static_range(SLOTS // AT_ONCE):
+            slot = k0 + i * AT_ONCE + tl.arange(0, AT_ONCE)
+            index = tl.load(indices + slot, mask=slot < K, other=0)
+            row, block, mine = locate(index, slot < K, group * GROUP, rows_N, GROUP)
+            weight = tl.load(scores + slot * C, mask=mine, other=0.0).to(tl.float32)
+            weights = weights + (weight * tl.load(scales + row, mask=mine, other=0.0),)
+            mask = mine[:, None] & inside[None, :]
+            loaded = loaded + (tl.load(words + row[:, None] * (W * C) + column[None, :], mask=mask, other=0),)
+            blocks = blocks + (block,)
+        for i in tl.static_range(SLOTS // AT_ONCE):
+            biased = loaded[i].to(tl.int32) ^ FLIP
+            added = ()
+            summed = ()
+            for e in tl.static_range(GROUP):
+                weight = tl.where(blocks[i] == e, weights[i], 0.0)
+                summed = summed + (totals[e] + weight,)
                 for at in tl.static_range(COUNT):
-                    added = added + (acc[at] + weight[i][:, None] * _fraction(biased, at, BITS),)
-                acc = added
-        excess = 1.5 * tl.sum(total, axis=0)
+                    added = added + (acc[e * COUNT + at] + weight[:, None] * _fraction(biased, at, BITS),)
+            acc = added
+            totals = summed
+    x = program % CHUNKS * COLUMNS * COUNT + tl.arange(0, COLUMNS * COUNT)
+    for e in tl.static_range(GROUP):
+        excess = 1.5 * tl.sum(totals[e], axis=0)
         pooled = ()
         for at in tl.static_range(COUNT):
-            pooled = pooled + (((tl.sum(acc[at], axis=0) - excess) * (1 << BITS)).to(out.dtype.element_ty),)
+            part = (tl.sum(acc[e * COUNT + at], axis=0) - excess) * (1 << BITS)
+            pooled = pooled + (part.to(out.dtype.element_ty),)
         block = group * GROUP + e
-        first = program % CHUNKS * COLUMNS * COUNT
-        x = first + tl.arange(0, COLUMNS * COUNT)
         where = out + (token * E + block) * D + core * (W * COUNT) + x
         tl.store(where, _row_order(pooled, COUNT), mask=(x < W * COUNT) & (x * 0 + block < E))
 
@@ -143,7 +149,13 @@ def quantized_lookup(k: int, d: int, c: int, num_blocks: int, *, bits: int) -> L
     core_bits = d // c * bits
     word = WORD if core_bits % WORD == 0 else BYTE
     return Lookup(
-        slots=k, columns=core_bits // word, itemsize=word // 8, cores=c, blocks=num_blocks, row_loads=ROW_LOADS
+        slots=k,
+        columns=core_bits // word,
+        itemsize=word // 8,
+        cores=c,
+        blocks=num_blocks,
+        group=GROUP[bits],
+        row_loads=ROW_LOADS,
     )
 
 
@@ -167,22 +179,19 @@ def lookup_reduce_quantized(
         return out_TED
     lookup = quantized_lookup(k, d, c, num_blocks, bits=bits)
     word = 8 * lookup.itemsize
-    tile = pool_tile(t, lookup, capability_of(values_NB.device))
+    tile = pool_tile(t, lookup)
     launch = pool_launch(tile, k, d, c, num_blocks, size=n * num_blocks, permutation_seed=permutation_seed)
-    groups = triton.cdiv(num_blocks, tile.group)
-    rows, weights = new_slot_order(indices_TK, n, c, groups)
-    chunks = triton.cdiv(lookup.columns, tile.columns)
-    wrap_triton(lookup_reduce_quantized_kernel)[(t * c * chunks, groups)](
+    permuted_TK = None if permutation_seed is None else indices_TK.new_empty(t, k)
+    grid = (t * c * triton.cdiv(lookup.columns, tile.columns), triton.cdiv(num_blocks, tile.group))
+    wrap_triton(lookup_reduce_quantized_kernel)[grid](
         values_NB.view(torch.int32 if word == WORD else torch.int8),
         scales_N,
         indices_TK,
         scores_TKC,
-        rows,
-        weights,
+        permuted_TK,
         out_TED,
         n,
         k,
-        t,
         BITS=bits,
         WORD=word,
         **launch,
