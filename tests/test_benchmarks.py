@@ -240,6 +240,16 @@ def test_what_the_deadline_leaves_is_recorded_as_not_run(tmp_path):
     assert [row["status"] for row in results.rows.values()] == ["not run", "not run"]
 
 
+def test_halves_of_the_papers_models_can_be_made():
+    from benchmarks.subjects import model_step
+    from ultramem import preset
+
+    for name in model_step.PRESETS.values():
+        half = model_step._half(preset(name))
+        assert half.num_layers == model_step.LAYERS
+        assert half.num_convs == (3 if half.memory else 0)
+
+
 def test_an_interrupted_run_keeps_its_rows(tmp_path):
     path = tmp_path / "out.json"
     command = [sys.executable, "-m", "benchmarks.run", "--suite", "cpu", "--quick", "--subjects", SUBJECTS]

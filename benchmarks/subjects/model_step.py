@@ -85,7 +85,9 @@ def build(row: Row, device: torch.device) -> Case:
 
 
 def _half(config: ModelConfig) -> ModelConfig:
-    return replace(config, num_layers=LAYERS, insertions=INSERTIONS if config.memory else config.insertions)
+    if config.memory is None:
+        return replace(config, num_layers=LAYERS)
+    return replace(config, num_layers=LAYERS, memory=replace(config.memory, num_layers=LAYERS), insertions=INSERTIONS)
 
 
 @torch.no_grad()
