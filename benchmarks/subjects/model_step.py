@@ -46,6 +46,7 @@ def rows(suite: Suite) -> list[Row]:
             goals=goals,
             priority=5,
             limit_s=200,
+            device_gb=55.0,  # the weights of three models are 45
         )
     ]
 

@@ -48,6 +48,7 @@ def rows(suite: Suite) -> list[Row]:
             dtype="float32",
             goals=(ADAMW_GPU,),
             limit_s=75,
+            device_gb=62.0,  # eleven tensors of the table's 5 GB: four optimisers with their states
             priority=3,
         )
         for t, kind in ((16384, "uniform"), (16384, "zipf"))
