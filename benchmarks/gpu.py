@@ -48,11 +48,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Shard(NamedTuple):
-    """The `index`-th of `count` parts of a file of tests."""
+    """Part `number`, from 1, of `parts` of a file of tests."""
 
     file: str
-    index: int = 0
-    count: int = 1
+    number: int = 1
+    parts: int = 1
 
 
 def test_shards(*, dry_run: bool) -> list[Shard]:
@@ -62,10 +62,10 @@ def test_shards(*, dry_run: bool) -> list[Shard]:
     files = [path for folder in TEST_FILES for path in (ROOT / folder).glob("test_*.py")]
     size = {path: path.stat().st_size for path in files}
     return [
-        Shard(str(path.relative_to(ROOT)), index, count)
+        Shard(str(path.relative_to(ROOT)), number, parts)
         for path in sorted(files, key=lambda path: -size[path])
-        for count in [math.ceil(size[path] / SHARD_BYTES)]
-        for index in range(count)
+        for parts in [math.ceil(size[path] / SHARD_BYTES)]
+        for number in range(1, parts + 1)
     ]
 
 
@@ -78,7 +78,7 @@ def run_tests(shards: Sequence[Shard], *, limit_s: float, dry_run: bool) -> list
 
 
 def _run_shard(shard: Shard, deadline: float, *, dry_run: bool) -> dict[str, Any]:
-    about = {"file": shard.file} | ({"shard": f"{shard.index + 1}/{shard.count}"} if shard.count > 1 else {})
+    about = {"file": shard.file} | ({"shard": f"{shard.number}/{shard.parts}"} if shard.parts > 1 else {})
     left_s = deadline - time.monotonic()
     if left_s <= 0:
         return about | {"status": "not run"}
@@ -86,7 +86,7 @@ def _run_shard(shard: Shard, deadline: float, *, dry_run: bool) -> dict[str, Any
         report, log = Path(folder) / "report.xml", Path(folder) / "log"
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
         command += [f"--junitxml={report}", shard.file]
-        command += [f"--shard={shard.index + 1}/{shard.count}"] if shard.count > 1 else []
+        command += [f"--shard={shard.number}/{shard.parts}"] if shard.parts > 1 else []
         command += ["-x", "-k", "not inductor"] if dry_run else ["-m", "gpu and not slow"]
         environment = dict(os.environ)
         if not dry_run:

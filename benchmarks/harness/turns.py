@@ -54,12 +54,13 @@ class Turns:
 
     def let_others_while_compiling(self) -> None:
         """From now on what torch.compile does is no part of a shared turn: it keeps the host busy, not the device."""
-        import torch._dynamo
-        from torch._dynamo.callback import CallbackArgs, CallbackTrigger
+        import torch
+        from torch._dynamo.callback import CallbackArgs, CallbackTrigger, on_compile_end, on_compile_start
 
         def starts(args: CallbackArgs) -> None:
             compiles = args.callback_trigger in (CallbackTrigger.DYNAMO, CallbackTrigger.LAZY_BACKWARD)
-            if self._shares and compiles:
+            captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # cannot wait then
+            if self._shares and compiles and not captures:
                 self._unlock()
                 self._let_go = True
 
@@ -68,8 +69,8 @@ class Turns:
                 self._lock(fcntl.LOCK_SH)
                 self._let_go = False
 
-        torch._dynamo.on_compile_start(starts)
-        torch._dynamo.on_compile_end(ends)
+        on_compile_start(starts)
+        on_compile_end(ends)
 
     def _lock(self, kind: int) -> None:
         if self._folder is None:

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 import traceback
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -133,7 +133,7 @@ class Spent:
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def on(self, what: str) -> Iterator[None]:
@@ -144,7 +144,8 @@ class Spent:
             self.seconds[what] += time.monotonic() - began - (self._turns.waited_s - waited_s)
 
     def record(self) -> dict[str, float]:
-        return {what: round(seconds, 2) for what, seconds in (self.seconds | {"wait": self._turns.waited_s}).items()}
+        whole = {**self.seconds, "wait": self._turns.waited_s}
+        return {what: round(seconds, 2) for what, seconds in whole.items()}
 
 
 def _return_unused(device: torch.device) -> None:

@@ -57,7 +57,7 @@ def rows(suite: Suite) -> list[Row]:
             tokens=t,
             indices=indices,
             dtype="bfloat16",
-            limit_s=75,
+            limit_s=120,
             priority=priority,
             device_gb=BASE_GB + 3 * table_gb(size) + 5 * gathered_gb(size, t),  # dense gradients; several of rows
             goals=(GPU_PEERS, GPU_SHARE) if t >= 4096 and indices == "uniform" else (GPU_PEERS,),

@@ -58,7 +58,7 @@ def rows(suite: Suite) -> list[Row]:
             tokens=t,
             dtype="bfloat16",
             graph=t <= DECODE_TOKENS,
-            limit_s=90,
+            limit_s=120,
             goals=(FLOOR, LAUNCHES) if size == "1.6b" and t <= DECODE_TOKENS else (),
             device_gb=BASE_GB
             + 2.5 * table_gb(size)

@@ -95,7 +95,7 @@ def _gpu_rows() -> list[Row]:
                 goals=goals,
                 graph=t in DECODE_TOKENS,
                 priority=priority,
-                limit_s=60,
+                limit_s=90,
                 device_gb=BASE_GB + table_gb(size) + 3 * gathered_gb(size, t),
             )
         )

@@ -57,7 +57,7 @@ def rows(suite: Suite) -> list[Row]:
             dtype="bfloat16",
             graph=t <= 64,
             priority=6,
-            limit_s=60,
+            limit_s=90,
             device_gb=BASE_GB + 5 * table_gb("1.6b"),  # as it was, in float32, in few bits
         )
         for bits in (8, 4)

@@ -50,7 +50,7 @@ def rows(suite: Suite) -> list[Row]:
             dtype="bfloat16",
             goals=GOALS,
             graph=t <= 64,
-            limit_s=60,
+            limit_s=90,
             device_gb=BASE_GB + GRID_GB + 16 * _sides_gb(size, t),
             priority=2 if number < 2 else 7,
         )

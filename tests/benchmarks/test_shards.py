@@ -26,8 +26,8 @@ def test_every_test_is_in_one_shard():
 
 def test_long_files_come_first_and_in_parts():
     shards = gpu.test_shards(dry_run=False)
-    assert (shards[0].index, shards[0].count) == (0, 3)
+    assert (shards[0].number, shards[0].parts) == (1, 3)
     assert len({shard.file for shard in shards}) < len(shards)
     for shard in shards:
-        parts = [each.index for each in shards if each.file == shard.file]
-        assert parts == list(range(shard.count))
+        numbers = [each.number for each in shards if each.file == shard.file]
+        assert numbers == list(range(1, shard.parts + 1))
