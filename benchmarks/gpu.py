@@ -3,10 +3,11 @@
     python -m benchmarks.gpu             (or: make gpu)
     python -m benchmarks.gpu --dry-run   the same script on a CPU: small shapes, kernels in Triton's interpreter
 
-Needs torch, triton and pytest, and nothing else: no installation, no network. Test files run side by side, each in a
-process of its own; benchmark rows one after the other, the most important first, each in a process with its own time
-limit, so that a crash loses one row. What has not begun by the deadline is recorded as not run. The results are one
-JSON file, named after the device, in $OUT or else in benchmarks/results; it is complete after every row.
+Needs torch, triton and pytest, and nothing else: no installation, no network. Tests run side by side, a long file in
+several processes; then benchmark rows, the most important first, each in a process with its own time limit, so that a
+crash loses one row. Some rows are prepared beside each other; what is timed has the device to itself. What has not
+ended by the deadline is recorded as not run. The results are one JSON file, named after the device, in $OUT or else in
+benchmarks/results; it is complete after every row.
 
 Ends 1 if a test failed, a result was refused or a row was lost.
 """
@@ -17,6 +18,7 @@ import argparse
 import concurrent.futures
 import importlib
 import json
+import math
 import os
 import re
 import sys
@@ -25,7 +27,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.harness.results import Results
 from benchmarks.harness.row import selected
@@ -34,48 +36,57 @@ from benchmarks.harness.source import ROOT, Source, source
 from benchmarks.harness.table import goals_table
 
 MINUTES = 9.0
+WORKERS = 4
 RESERVE_S = 15.0  # for the table, and for what a stopped row takes to end
 TESTS_LIMIT_S = 150.0
 TEST_FILES = ("tests/ops", "tests/optim")
 REHEARSED_TESTS = ("tests/ops/test_permute_addresses.py",)  # CI runs all of them anyway
+SHARD_BYTES = 6000  # of a test file: a longer one is run by several processes
 NOTHING_SELECTED = 5  # pytest's exit status
 LOG_CHARS = 20_000  # of what the tests of a file printed, kept where one failed
 RESULTS = Path(__file__).parent / "results"
 
 
-def test_files(*, dry_run: bool) -> list[str]:
-    """One process each; the longest first."""
+class Shard(NamedTuple):
+    """Part `number`, from 1, of `parts` of a file of tests."""
+
+    file: str
+    number: int = 1
+    parts: int = 1
+
+
+def test_shards(*, dry_run: bool) -> list[Shard]:
+    """One process each; those of the longest files first."""
     if dry_run:
-        return list(REHEARSED_TESTS)
+        return [Shard(file) for file in REHEARSED_TESTS]
     files = [path for folder in TEST_FILES for path in (ROOT / folder).glob("test_*.py")]
-    return [str(path.relative_to(ROOT)) for path in sorted(files, key=lambda path: -path.stat().st_size)]
+    size = {path: path.stat().st_size for path in files}
+    return [
+        Shard(str(path.relative_to(ROOT)), number, parts)
+        for path in sorted(files, key=lambda path: -size[path])
+        for parts in [math.ceil(size[path] / SHARD_BYTES)]
+        for number in range(1, parts + 1)
+    ]
 
 
-def run_tests(files: Sequence[str], *, limit_s: float, dry_run: bool) -> list[dict[str, Any]]:
-    """Counts of each file, run side by side."""
-    workers = max(1, min(len(files), (os.cpu_count() or 2) // 2))
+def run_tests(shards: Sequence[Shard], *, limit_s: float, dry_run: bool) -> list[dict[str, Any]]:
+    """Counts of each, run side by side."""
+    workers = max(1, min(len(shards), os.cpu_count() or 1))
     deadline = time.monotonic() + limit_s
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda file: _run_test_file(file, deadline, dry_run=dry_run), files))
+        return list(pool.map(lambda shard: _run_shard(shard, deadline, dry_run=dry_run), shards))
 
 
-def _run_test_file(file: str, deadline: float, *, dry_run: bool) -> dict[str, Any]:
+def _run_shard(shard: Shard, deadline: float, *, dry_run: bool) -> dict[str, Any]:
+    about = {"file": shard.file} | ({"shard": f"{shard.number}/{shard.parts}"} if shard.parts > 1 else {})
     left_s = deadline - time.monotonic()
     if left_s <= 0:
-        return {"file": file, "status": "not run"}
+        return about | {"status": "not run"}
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         report, log = Path(folder) / "report.xml", Path(folder) / "log"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-v",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={report}",
-            file,
-        ]
+        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
+        command += [f"--junitxml={report}", shard.file]
+        command += [f"--shard={shard.number}/{shard.parts}"] if shard.parts > 1 else []
         command += ["-x", "-k", "not inductor"] if dry_run else ["-m", "gpu and not slow"]
         environment = dict(os.environ)
         if not dry_run:
@@ -93,13 +104,13 @@ def _run_test_file(file: str, deadline: float, *, dry_run: bool) -> dict[str, An
                 if case.find("failure") is not None or case.find("error") is not None
             ]
             bad = counts["failures"] + counts["errors"]
-            found = {"file": file, "status": "failed" if bad else "passed", "seconds": seconds, **counts}
+            found = about | {"status": "failed" if bad else "passed", "seconds": seconds, **counts}
             found["failed"] = failed
         elif status == NOTHING_SELECTED:
-            return {"file": file, "status": "nothing to run"}
+            return about | {"status": "nothing to run"}
         else:
             how = "stopped at its limit" if status is None else f"exit status {status}"
-            found = {"file": file, "status": how, "seconds": seconds}
+            found = about | {"status": how, "seconds": seconds}
         return found if found["status"] == "passed" else {**found, "log": log.read_text(errors="replace")[-LOG_CHARS:]}
 
 
@@ -108,6 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="rehearse on a CPU; times are no figures")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all of it (default: {MINUTES:g})")
+    parser.add_argument(
+        "--workers", type=int, help=f"rows prepared at a time (default: {WORKERS}; 1 in a rehearsal, on a CPU)"
+    )
     parser.add_argument("--no-tests", action="store_true", help="benchmarks alone")
     parser.add_argument("--rows", default="", help="names, their beginnings or globs, with commas between")
     parser.add_argument("--commit", help="to record where the checkout has no git")
@@ -118,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subjects=options.subjects,
         rehearse=options.dry_run,
         again=True,
+        workers=options.workers or (1 if options.dry_run else WORKERS),
         deadline=began + 60 * options.minutes - RESERVE_S,
     )
     found = importlib.import_module(options.subjects).rows("gpu", rehearse=options.dry_run)
@@ -132,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = Results(out, "gpu", [row.name for row in rows])
     if not options.no_tests:
         limit_s = min(TESTS_LIMIT_S, plan.deadline - time.monotonic())
-        results.tests = run_tests(test_files(dry_run=options.dry_run), limit_s=limit_s, dry_run=options.dry_run)
+        results.tests = run_tests(test_shards(dry_run=options.dry_run), limit_s=limit_s, dry_run=options.dry_run)
         results.write()
     interrupted = False
     try:

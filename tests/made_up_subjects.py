@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -24,7 +26,7 @@ def rows(suite: str, *, rehearse: bool = False) -> list[Row]:
         )
 
     found = [row("right"), row("wrong"), row("crash"), row("hang", limit_s=0.5), row("last")]
-    return found if rehearse else [*found, row("sleep")]
+    return found if rehearse else [*found, row("sleep"), row("slow"), row("killed")]
 
 
 def name_of(subject: str) -> str:
@@ -36,13 +38,23 @@ def build(row: Row, device: torch.device) -> Case:
         os.kill(os.getpid(), signal.SIGSEGV)
     if row.subject in ("hang", "sleep"):
         time.sleep(600)
+    doubled = partial(_double, row.subject, itertools.count())
     contenders = {
-        "double": lambda: contender("ours", lambda x: x * 2),
+        "double": lambda: contender("ours", doubled),
         "add": lambda: contender("peer", lambda x: x + x + (row.subject == "wrong")),
         "absent": absent,
         "broken": absent if row.subject == "right" else broken,
     }
     return Case(contenders=contenders, floor=Floor(read_bytes=400, write_bytes=400), shape={"numbers": 100})
+
+
+def _double(subject: str, calls: Iterator[int], x: torch.Tensor) -> torch.Tensor:
+    timed = next(calls) >= 2  # one call is checked, one is the clock's first
+    if timed and subject == "slow":
+        time.sleep(0.1)
+    if timed and subject == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return x * 2
 
 
 def contender(role: str, run) -> Contender:

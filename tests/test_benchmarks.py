@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -11,13 +12,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import made_up_subjects
 import pytest
 import torch
 
 from benchmarks import gpu, report, run
-from benchmarks.harness import clock, scheduler, worker
+from benchmarks.harness import clock, launches, scheduler, worker
 from benchmarks.harness.contender import Contender
 from benchmarks.harness.goals import evaluate
 from benchmarks.harness.measure import QUICK, Budget, measure, summary
@@ -26,6 +28,7 @@ from benchmarks.harness.row import Goal, selected
 from benchmarks.harness.scheduler import Plan, run_rows
 from benchmarks.harness.source import ROOT, Source, source
 from benchmarks.harness.table import goals_table
+from benchmarks.harness.turns import Turns
 
 PROBE = {
     "device": "a device",
@@ -51,8 +54,7 @@ def run_made_up(path: Path, *subjects: str, at: Source = CLEAN, **plan) -> Resul
 def record_of(subject: str) -> dict:
     """What a worker writes about a row, measured in this process."""
     row = ROWS[subject]
-    case = made_up_subjects.build(row, torch.device("cpu"))
-    return worker.measure_row(row, case, torch.device("cpu"), PROBE, QUICK)
+    return worker.measure_row(row, made_up_subjects.build, torch.device("cpu"), PROBE, QUICK, Turns())
 
 
 def test_a_row_has_medians_and_quartiles_a_floor_and_its_goals():
@@ -219,11 +221,20 @@ def test_rows_of_the_same_commit_are_not_measured_again(tmp_path, monkeypatch):
     path = tmp_path / "out.json"
     measured = []
 
-    def child(arguments, plan, limit_s):
-        measured.append(arguments[1].partition("/")[0])
-        return {"status": "measured", "shape": {}, "contenders": [], "floor": None, "goals": []}
+    class Worker:
+        def __init__(self, arguments, plan, limit_s):
+            measured.append(arguments[1].partition("/")[0])
 
-    monkeypatch.setattr(scheduler, "_child", child)
+        def own_seconds(self):
+            return 0.0
+
+        def poll(self):
+            return {"status": "measured", "shape": {}, "contenders": [], "floor": None, "goals": []}
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(scheduler, "Worker", Worker)
     run_made_up(path, "right")
     run_made_up(path, "right", "last")
     assert measured == ["right", "last"]
@@ -238,6 +249,94 @@ def test_rows_of_the_same_commit_are_not_measured_again(tmp_path, monkeypatch):
 def test_what_the_deadline_leaves_is_recorded_as_not_run(tmp_path):
     results = run_made_up(tmp_path / "out.json", "right", "last", deadline=time.monotonic())
     assert [row["status"] for row in results.rows.values()] == ["not run", "not run"]
+
+
+def test_the_deadline_stops_rows_under_way(tmp_path):
+    began = time.monotonic()
+    results = run_made_up(tmp_path / "out.json", "sleep", "hang", "last", deadline=began + 0.3, workers=2)
+    assert time.monotonic() - began < 10
+    rows = {row["subject"]: row for row in results.rows.values()}
+    assert [row["status"] for row in rows.values()] == ["not run"] * 3
+    assert rows["sleep"]["reason"] == "the time was up after 0 s of it"
+    assert rows["last"]["reason"] == "the time was up"
+    assert json.loads((tmp_path / "out.json").read_text()) == results.document()
+
+
+def test_rows_prepared_beside_each_other_are_timed_one_at_a_time(tmp_path):
+    path = tmp_path / "out.json"
+    results = run_made_up(path, "slow", "killed", "right", "last", workers=4)
+    assert results.document()["rows"] == json.loads(path.read_text())["rows"]
+    rows = {row["subject"]: row for row in results.document()["rows"]}
+    assert list(rows) == ["right", "last", "slow", "killed"]  # as in the suite, whichever ended first
+    assert rows["killed"]["status"] == "lost"  # in its turn, which others get all the same
+    assert rows["killed"]["reason"].endswith("killed by SIGKILL")
+    timed = sorted(rows[subject]["timed_at_s"] for subject in ("slow", "right", "last"))
+    assert all(begin < end for begin, end in timed)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(timed))
+    assert rows["slow"]["spent_s"]["timed"] >= 0.5  # five calls of a tenth of a second
+    for subject in ("slow", "right", "last"):
+        spent, contenders = rows[subject]["spent_s"], rows[subject]["contenders"]
+        assert set(spent) == {"start", "build", "prepare", "timed", "wait"}
+        assert spent["prepare"] == pytest.approx(sum(each["prepare_s"] for each in contenders), abs=0.03)
+        assert rows[subject]["seconds"] >= spent["start"]
+
+
+def test_rows_share_the_memory_of_the_device():
+    small, large = (replace(ROWS["right"], device_gb=gb) for gb in (20.0, 50.0))
+    probed = PROBE | {"device_gb": 80.0}
+    assert scheduler._has_room(small, [small, small], probed)
+    assert not scheduler._has_room(large, [small, small], probed)
+    assert scheduler._has_room(replace(large, device_gb=100.0), [], probed)  # it may try
+    assert scheduler._has_room(large, [large, large], PROBE)  # no such device
+
+
+def test_no_row_claims_more_than_an_h100_has():
+    from benchmarks import subjects
+
+    for row in subjects.rows("gpu"):
+        assert 0 < row.device_gb < 80 * scheduler.DEVICE_SHARE, row.name
+
+
+def test_launches_are_counted_on_inputs_that_are_used_once(monkeypatch):
+    class Profile:
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            counted.append(len(ran))
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def events(self):
+            cuda = torch.autograd.DeviceType.CUDA
+            return [SimpleNamespace(device_type=cuda)] * 3 + [SimpleNamespace(device_type=None)]
+
+    ran, counted = [], []
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+
+    def draw():
+        x = torch.ones(2, requires_grad=True)
+        return x, x.square().sum()
+
+    def run(inputs):
+        ran.append(torch.autograd.grad(inputs[1], inputs[0]))  # a second time, it raises
+
+    contender = Contender(role="ours", settings="", draw=draw, run=run, check=dict)
+    assert launches.count_launches(contender, Turns()) == 3
+    assert counted == [1]  # one call before, to warm up
+    assert len(ran) == 2
+
+
+def test_halves_of_the_papers_models_can_be_made():
+    from benchmarks.subjects import model_step
+    from ultramem import preset
+
+    for name in model_step.PRESETS.values():
+        half = model_step._half(preset(name))
+        assert half.num_layers == model_step.LAYERS
+        assert half.num_convs == (3 if half.memory else 0)
 
 
 def test_an_interrupted_run_keeps_its_rows(tmp_path):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 
 from benchmarks.harness.contender import Contender
+from benchmarks.harness.turns import Turns
 
 
-def count_launches(contender: Contender) -> int:
-    """Kernels, copies and fills of one call, as the profiler sees them on the device."""
+def count_launches(contender: Contender, turns: Turns) -> int:
+    """Kernels, copies and fills of one call, as the profiler sees them on the device. The call before is not counted.
+
+    The profiler's own set-up, some seconds, is no part of a turn.
+    """
     from torch.profiler import ProfilerActivity, profile
 
-    inputs = contender.draw()
-    contender.run(inputs)
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with turns.shared():
+        contender.run(contender.draw())
+        inputs = contender.draw()  # what has run backward once cannot run backward again
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler, turns.shared():
         contender.run(inputs)
-        torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())

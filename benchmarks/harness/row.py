@@ -44,7 +44,9 @@ class Row:
     variant: str = ""
     goals: tuple[Goal, ...] = ()
     limit_s: float = 90.0
-    """A row that runs longer is stopped and recorded so."""
+    """A row that runs longer, waiting for the device apart, is stopped and recorded so."""
+    device_gb: float = 20.0
+    """On a GPU, what its process holds at most; rows are prepared beside each other as far as memory goes."""
     quick: bool = False
     """Part of `--quick`."""
     graph: bool = False

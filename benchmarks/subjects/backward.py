@@ -17,7 +17,7 @@ from benchmarks.harness.check import require_as_exact_as_eager
 from benchmarks.harness.contender import Case, Contender, Floor, Role, WrongResultError
 from benchmarks.harness.row import Goal, Row, Suite
 from benchmarks.subjects.lookup import Inputs, Problem, gather_einsum, pool_bags, require_gathered
-from benchmarks.subjects.shapes import compiled
+from benchmarks.subjects.shapes import BASE_GB, compiled, gathered_gb, table_gb
 from ultramem.ops import lookup_reduce
 
 CHECKED = 48  # rows of the table, and tokens
@@ -57,8 +57,9 @@ def rows(suite: Suite) -> list[Row]:
             tokens=t,
             indices=indices,
             dtype="bfloat16",
-            limit_s=75,
+            limit_s=120,
             priority=priority,
+            device_gb=BASE_GB + 3 * table_gb(size) + 5 * gathered_gb(size, t),  # dense gradients; several of rows
             goals=(GPU_PEERS, GPU_SHARE) if t >= 4096 and indices == "uniform" else (GPU_PEERS,),
         )
         for size, t, indices, priority in shapes

@@ -15,7 +15,17 @@ from benchmarks.harness.check import require_tokens_as_exact_as_eager
 from benchmarks.harness.contender import Case, Contender, Floor, Role
 from benchmarks.harness.row import Goal, Row, Suite
 from benchmarks.subjects.plain_layer import PlainLayer
-from benchmarks.subjects.shapes import CPU_ROWS, REHEARSAL, compiled, dtype_of, make_table, size_of
+from benchmarks.subjects.shapes import (
+    BASE_GB,
+    CPU_ROWS,
+    REHEARSAL,
+    compiled,
+    dtype_of,
+    gathered_gb,
+    make_table,
+    size_of,
+    table_gb,
+)
 from ultramem import MemoryConfig, ModelConfig, MoEConfig
 from ultramem.counts import count_memory
 from ultramem.graph import UltraMemLayer
@@ -48,8 +58,11 @@ def rows(suite: Suite) -> list[Row]:
             tokens=t,
             dtype="bfloat16",
             graph=t <= DECODE_TOKENS,
-            limit_s=90,
+            limit_s=120,
             goals=(FLOOR, LAUNCHES) if size == "1.6b" and t <= DECODE_TOKENS else (),
+            device_gb=BASE_GB
+            + 2.5 * table_gb(size)
+            + 4 * gathered_gb(size, t),  # ours, experts as large, a half of them
             priority=2 if number < 2 else 4 if number < 4 else 7,
         )
         for number, (size, t) in enumerate(shapes)

@@ -17,7 +17,17 @@ from benchmarks.harness.check import require_as_exact_as_eager
 from benchmarks.harness.contender import Case, Contender, Floor, Role, UnavailableError
 from benchmarks.harness.row import Goal, Row, Suite
 from benchmarks.subjects.fbgemm import batched_embedding, require_fbgemm
-from benchmarks.subjects.shapes import Indices, compiled, dtype_of, make_table, size_of, table_rows
+from benchmarks.subjects.shapes import (
+    BASE_GB,
+    Indices,
+    compiled,
+    dtype_of,
+    gathered_gb,
+    make_table,
+    size_of,
+    table_gb,
+    table_rows,
+)
 from ultramem.ops import lookup_reduce, reference
 
 CHECKED_TOKENS = 32
@@ -85,7 +95,8 @@ def _gpu_rows() -> list[Row]:
                 goals=goals,
                 graph=t in DECODE_TOKENS,
                 priority=priority,
-                limit_s=60,
+                limit_s=90,
+                device_gb=BASE_GB + table_gb(size) + 3 * gathered_gb(size, t),
             )
         )
     return found

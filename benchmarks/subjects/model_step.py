@@ -46,6 +46,7 @@ def rows(suite: Suite) -> list[Row]:
             goals=goals,
             priority=5,
             limit_s=200,
+            device_gb=55.0,  # the weights of three models are 45
         )
     ]
 
@@ -85,7 +86,9 @@ def build(row: Row, device: torch.device) -> Case:
 
 
 def _half(config: ModelConfig) -> ModelConfig:
-    return replace(config, num_layers=LAYERS, insertions=INSERTIONS if config.memory else config.insertions)
+    if config.memory is None:
+        return replace(config, num_layers=LAYERS)
+    return replace(config, num_layers=LAYERS, memory=replace(config.memory, num_layers=LAYERS), insertions=INSERTIONS)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from benchmarks.harness.contender import Case, Contender, Floor, Role
 from benchmarks.harness.row import Goal, Row, Suite
 from benchmarks.subjects.fbgemm import quantised_embedding, require_fbgemm
 from benchmarks.subjects.lookup import CHECKED_TOKENS, Bags, Inputs, Problem
+from benchmarks.subjects.shapes import BASE_GB, table_gb
 from ultramem.ops import lookup_reduce, reference
 
 INT8_CPU = Goal(text=">= 3x its quantised peer, int8 rows", quantity="speedup", bound=3.0, against="quantized")
@@ -56,7 +57,8 @@ def rows(suite: Suite) -> list[Row]:
             dtype="bfloat16",
             graph=t <= 64,
             priority=6,
-            limit_s=60,
+            limit_s=90,
+            device_gb=BASE_GB + 5 * table_gb("1.6b"),  # as it was, in float32, in few bits
         )
         for bits in (8, 4)
         for t in (64, 16384)

@@ -15,11 +15,12 @@ from torch import Tensor
 from benchmarks.harness.check import require_as_exact_as_eager
 from benchmarks.harness.contender import Case, Contender, Floor, Role
 from benchmarks.harness.row import Goal, Row, Suite
-from benchmarks.subjects.shapes import compiled, dtype_of, size_of
+from benchmarks.subjects.shapes import BASE_GB, SIZES, compiled, dtype_of, size_of
 from ultramem.graph.singular import leading_singular_pair
 from ultramem.ops import Implementation, TopK, reference, tucker_topk, use_implementation
 
 CHECKED_TOKENS = 2  # the oracle holds the whole grid of each
+GRID_GB = 5.0  # of the oracle
 GOALS = (
     Goal(text="<= 1.25x the key GEMM alone", quantity="slowdown", bound=1.25, against="key GEMM"),
     Goal(text=">= 8x eager", quantity="speedup", bound=8.0, against="plain PyTorch, eager"),
@@ -49,11 +50,18 @@ def rows(suite: Suite) -> list[Row]:
             dtype="bfloat16",
             goals=GOALS,
             graph=t <= 64,
-            limit_s=60,
+            limit_s=90,
+            device_gb=BASE_GB + GRID_GB + 16 * _sides_gb(size, t),
             priority=2 if number < 2 else 7,
         )
         for number, (size, t) in enumerate(shapes)
     ]
+
+
+def _sides_gb(size: str, tokens: int) -> float:
+    """Scores of one side [T,H,R,N] in two bytes."""
+    paper = SIZES[size]
+    return tokens * paper.heads * paper.rank * 2 * paper.knum * 2 / 1e9
 
 
 class Sides(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.harness.row import Row
 
 CPU_ROWS = 2**20  # of a table: 2 to 4 GB of float32, 64 times a 32 MB cache and more
+BASE_GB = 2.0  # of a process on a GPU: the driver's share, the buffer that flushes the cache, small tensors
 TILE_ROWS = 4093  # a prime: rows repeat after so many, in memory of their own
 
 
@@ -55,6 +56,16 @@ def size_of(row: Row) -> Size:
 def dtype_of(row: Row) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, row.dtype)
     return dtype
+
+
+def table_gb(size: str, itemsize: int = 2) -> float:
+    """The paper's table."""
+    return SIZES[size].knum ** 2 * SIZES[size].value_dim * itemsize / 1e9
+
+
+def gathered_gb(size: str, tokens: int, itemsize: int = 2) -> float:
+    """Rows [T,K,D] of a table, once a slot."""
+    return tokens * SIZES[size].slots * SIZES[size].value_dim * itemsize / 1e9
 
 
 def compiled(row: Row, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,33 @@
+"""`pytest --shard K/N`, by which `make gpu` runs a long file in several processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from benchmarks import gpu
+from benchmarks.harness.source import ROOT
+
+FILE = "tests/ops/test_permute_addresses.py"
+
+
+def collected(*arguments: str) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", FILE, *arguments]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [line for line in output.splitlines() if "::" in line]
+
+
+def test_every_test_is_in_one_shard():
+    whole, first, second = collected(), collected("--shard", "1/2"), collected("--shard", "2/2")
+    assert len(whole) > 50
+    assert sorted(first + second) == sorted(whole)
+    assert min(len(first), len(second)) > len(whole) / 4
+
+
+def test_long_files_come_first_and_in_parts():
+    shards = gpu.test_shards(dry_run=False)
+    assert (shards[0].number, shards[0].parts) == (1, 3)
+    assert len({shard.file for shard in shards}) < len(shards)
+    for shard in shards:
+        numbers = [each.number for each in shards if each.file == shard.file]
+        assert numbers == list(range(1, shard.parts + 1))
