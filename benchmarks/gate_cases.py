@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from benchmarks.cubin import WIDEST_ACCESS_BYTES
 from benchmarks.occupancy import THREADS_PER_WARP
 from ultramem.ops.triton import (
+    catch_up,
     dispatch,
     lookup_product,
     lookup_reduce,
@@ -32,12 +34,14 @@ from ultramem.ops.triton import (
     select_backward,
     select_two_launches,
     sorted_slots,
+    update_rows,
 )
 
 RANKS, CORES, BLOCKS, HEADS = 2, 2, 4, 2
 CAPABILITIES = (80, 90, 100)
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 MOST_REGISTERS = 255
+NARROW = 64  # columns of a table whose rows are shorter than a warp's load
 
 
 class Size(NamedTuple):
@@ -249,11 +253,57 @@ def permute_addresses_variants(size: Size, dtype: str) -> Iterator[Variant]:
         )
 
 
+def update_rows_variants(size: Size, dtype: str) -> Iterator[Variant]:
+    yield from _update_rows(size.value_dim, dtype, "", registers=72)
+    if size == SIZES["151m"]:  # a size that is none of the paper's: several rows a warp
+        yield from _update_rows(NARROW, dtype, f" of {NARROW}", registers=128)
+
+
+def _update_rows(d: int, dtype: str, name: str, *, registers: int) -> Iterator[Variant]:
+    x, launch = f"*{dtype}", catch_up.row_tile(d)
+    state = {"values": x, "last_step": "*i32", "schedule": "*fp64", "rows": "*i64", "count": "i32", "eps": "fp32"}
+    step = {"step": "i32", "seed": "i64", "decay": "fp32", "grads": x}
+    moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), "*fp32")
+    powers = ("log2_beta1", "log2_beta1_rest", "log2_beta2", "log2_beta2_rest")
+    rates = dict.fromkeys((*powers, "rest1", "rest2", "root_scale", "rate"), "fp32")
+    table, wide = (row_loads(launch, each, rows=launch["ROWS"]) for each in (dtype, "fp32"))  # loads of a tile
+    budget = partial(Budget, registers=registers, barriers_in_loop=0)
+    yield Variant(
+        f"catch_up_rows{name}",
+        catch_up.catch_up_rows_kernel,
+        {**state, **moments, "step": "*i64", "out": "*fp32"},
+        launch,
+        budget(wide_loads=table + 2 * wide, wide_stores=wide),
+    )
+    yield Variant(
+        f"catch_up_rows of decay{name}",
+        catch_up.catch_up_rows_kernel,
+        {**state, "step": "*i64", "out": "*fp32"},
+        {**launch, **dict.fromkeys(moments)},
+        budget(wide_loads=table, wide_stores=wide),
+    )
+    yield Variant(
+        f"adamw_rows{name}",
+        update_rows.adamw_rows_kernel,
+        {**state, **moments, **step, **rates},
+        launch,
+        budget(wide_loads=2 * table + 2 * wide, wide_stores=table + 2 * wide),
+    )
+    yield Variant(
+        f"adagrad_rows{name}",
+        update_rows.adagrad_rows_kernel,
+        {**state, **step, "row_sum": "*fp32", "lr": "fp32"},
+        launch,
+        budget(wide_loads=3 * table, wide_stores=table),
+    )
+
+
 KERNEL_FILES: tuple[Callable[[Size, str], Iterator[Variant]], ...] = (
     lookup_reduce_variants,
     lookup_reduce_backward_variants,
     select_variants,
     permute_addresses_variants,
+    update_rows_variants,
 )
 
 

@@ -61,6 +61,44 @@ print(json.dumps(written))
 """
 
 
+# Updates rows as in training, with every launch compiled alone, and counts the compilations of each kernel.
+UPDATES = """
+import collections
+import json
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from ultramem.ops import LazyRows
+from ultramem.ops.triton import catch_up, update_rows
+
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+triton.runtime.driver._active = Driver()
+triton.runtime.JITFunction.__getitem__ = lambda kernel, grid: lambda *x, **y: kernel.warmup(*x, grid=grid, **y)
+compiled = collections.Counter()
+triton.knobs.runtime.jit_cache_hook = lambda **call: compiled.update([call["fn"].name.split(".")[-1]])
+table, first, second = (torch.empty(20, 8) for _ in range(3))
+last_step, schedule = torch.empty(20, dtype=torch.int32), torch.empty(20, 3, dtype=torch.float64)
+for step, count, decay, seed in (1, 1, 0.0, 1), (2, 2, 0.1, 16), (3, 16, 0.5, 5), (16, 20, 0.5, 0):
+    rows, grads = torch.arange(count), torch.empty(count, 8)
+    rule = (schedule, rows, grads, step, decay)
+    update_rows.adamw_rows_(table, first, second, last_step, *rule, 0.5, 0.9, 1.0, decay, seed)
+    update_rows.adagrad_rows_(table, torch.empty(20), last_step, *rule, 1.0, decay, seed)
+    catch_up.catch_up_rows(table, LazyRows(schedule, torch.tensor(step), last_step, first, second, decay), rows)
+print(json.dumps(compiled))
+"""
+
+
 def run_compiler(*arguments: str | Path) -> dict:
     """The JSON object that a Python program prints last, run where Triton compiles."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -83,3 +121,8 @@ def test_compiled_graphs_copy_no_input_of_a_kernel() -> None:
         "tucker_topk one_tailed": select,
         "tucker_topk two_tailed": select,
     }
+
+
+def test_kernels_of_an_update_are_compiled_once_whatever_the_step() -> None:
+    kernels = "adamw_rows_kernel", "adagrad_rows_kernel", "catch_up_rows_kernel"
+    assert run_compiler("-c", UPDATES) == dict.fromkeys(kernels, 1)

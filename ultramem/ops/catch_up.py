@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ultramem.ops._registration import accumulation_dtype
-from ultramem.ops.implementation import runs_native
+from ultramem.ops.implementation import runs_native, runs_triton
 
 LOG_DECAY, DRIFT, DRIFT_EPS = range(3)
 """Columns of the schedule."""
@@ -51,6 +51,10 @@ class LazyRows(NamedTuple):
 
 def catch_up_rows(values_ND: Tensor, lazy: LazyRows, rows_U: Tensor) -> Tensor:
     """Rows of the table [N,D], up to date: [U,D] in the dtype in which they are updated. See `catch_up_`."""
+    if runs_triton(values_ND):
+        from ultramem.ops.triton import catch_up as kernels
+
+        return kernels.catch_up_rows(values_ND, lazy, rows_U)
     if runs_native(values_ND):
         caught_up_UD: Tensor = torch.ops.ultramem_native.catch_up_rows(
             *(values_ND, lazy.schedule_S3, lazy.step, lazy.last_step_N, lazy.exp_avg_ND, lazy.exp_avg_sq_ND),

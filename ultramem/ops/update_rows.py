@@ -14,7 +14,7 @@ from torch import Tensor
 from ultramem.ops import _checks as checks
 from ultramem.ops._registration import opaque_op
 from ultramem.ops.catch_up import LazyRows, catch_up_rows, chunk_rows
-from ultramem.ops.implementation import runs_native
+from ultramem.ops.implementation import runs_native, runs_triton
 from ultramem.ops.round_stochastically import round_stochastically
 
 
@@ -35,6 +35,14 @@ def _adamw_rows_(
     weight_decay: float,
     seed: int,
 ) -> None:
+    if runs_triton(values_ND):
+        from ultramem.ops.triton import update_rows as kernels
+
+        kernels.adamw_rows_(
+            *(values_ND, exp_avg_ND, exp_avg_sq_ND, last_step_N, schedule_S3, rows_U, grads_UD),
+            *(step, lr, beta1, beta2, eps, weight_decay, seed),
+        )
+        return
     if runs_native(values_ND):
         torch.ops.ultramem_native.adamw_rows_(
             *(values_ND, exp_avg_ND, exp_avg_sq_ND, last_step_N, schedule_S3, rows_U, grads_UD),
@@ -75,6 +83,14 @@ def _adagrad_rows_(
     weight_decay: float,
     seed: int,
 ) -> None:
+    if runs_triton(values_ND):
+        from ultramem.ops.triton import update_rows as kernels
+
+        kernels.adagrad_rows_(
+            *(values_ND, row_sum_N, last_step_N, schedule_S3, rows_U, grads_UD),
+            *(step, lr, eps, weight_decay, seed),
+        )
+        return
     if runs_native(values_ND):
         torch.ops.ultramem_native.adagrad_rows_(
             *(values_ND, row_sum_N, last_step_N, schedule_S3, rows_U, grads_UD),

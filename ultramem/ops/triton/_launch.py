@@ -17,6 +17,13 @@ def refuse_float64(**tensors: Tensor) -> None:
             )
 
 
+def require_contiguous(**tensors: Tensor | None) -> None:
+    """The kernels that write to a table in place find its rows by their numbers alone."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous for the Triton kernels, got strides {tensor.stride()}")
+
+
 def next_power_of_2(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
