@@ -25,6 +25,7 @@ from ultramem.ops.triton import (
     catch_up,
     dispatch,
     lookup_product,
+    lookup_product_quantized,
     lookup_reduce,
     lookup_reduce_quantized,
     permute_addresses,
@@ -41,6 +42,8 @@ RANKS, CORES, BLOCKS, HEADS = 2, 2, 4, 2
 CAPABILITIES = (80, 90, 100)
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 MOST_REGISTERS = 255
+TOKENS = {"few": 1, "many": 65536}
+"""For kernels that dispatch picks by the number of tokens."""
 NARROW = 64  # columns of a table whose rows are shorter than a warp's load
 
 
@@ -132,6 +135,17 @@ def lookup_reduce_variants(size: Size, dtype: str) -> Iterator[Variant]:
                 Budget(wide_loads=row_loads(launch, dtype), registers=128, barriers_in_loop=0 if seed is None else 1),
             )
     for kind, (bits, words) in quantised.items():
+        if itemsize == 2:
+            launch = lookup_product_quantized.product_launch(
+                k, d, CORES, BLOCKS, bits=bits, size=size.side**2, permutation_seed=0
+            )
+            yield Variant(
+                f"lookup_reduce {kind} product",
+                lookup_product_quantized.lookup_product_quantized_kernel,
+                {"words": "*i32", "scales": "*fp32", **inputs},
+                launch,
+                Budget(wide_loads=row_loads(launch, "fp32"), registers=128, barriers_in_loop=0),
+            )
         for build in dispatch.TILES:
             name, tile = build.__name__.removesuffix("_tokens"), build(words)
             launch = lookup_reduce.pool_launch(tile, k, d, CORES, BLOCKS, size=size.side**2, permutation_seed=0)
@@ -166,7 +180,7 @@ def lookup_reduce_backward_variants(size: Size, dtype: str) -> Iterator[Variant]
         combine,
         Budget(wide_loads=row_loads(combine, "fp32"), registers=160, barriers_in_loop=0),
     )
-    for name, tokens in {"few": 1, "many": 65536}.items():
+    for name, tokens in TOKENS.items():
         launch = score_gradient.score_gradient_launch(tokens, size.top_m * HEADS, d, CORES, BLOCKS, itemsize=itemsize)
         yield Variant(
             f"lookup_reduce score gradient {name}",
@@ -191,7 +205,8 @@ def select_variants(size: Size, dtype: str) -> Iterator[Variant]:
     for rule in ("one_tailed", "two_tailed", "product"):
         additive = rule == "product"
         r, c, candidates = (1, 1, "one_tailed") if additive else (RANKS, CORES, rule)
-        yield _select(f"select {rule}", n, r, c, m, candidates, dtype)
+        for tokens in TOKENS:
+            yield _select(f"select {rule}", tokens, n, r, c, m, candidates, dtype)
         wide = 2 * m  # more candidates than slots that a layer keeps
         if select.fits_one_launch(n, wide):
             continue
@@ -210,7 +225,8 @@ def select_variants(size: Size, dtype: str) -> Iterator[Variant]:
     if m == max(each.top_m for each in SIZES.values()):
         for candidates in ("one_tailed", "two_tailed"):
             n, m = select.MAX_N, select.MAX_K
-            yield _select(f"select {candidates} {m} of {n}", n, RANKS, CORES, m, candidates, dtype)
+            for tokens in TOKENS:
+                yield _select(f"select {candidates} {m} of {n}", tokens, n, RANKS, CORES, m, candidates, dtype)
     n, m = size.side, size.top_m
     grads = {"grad": x, "addresses": "*i64", "grad_row": x, "grad_col": x}
     yield Variant(
@@ -227,13 +243,13 @@ def select_variants(size: Size, dtype: str) -> Iterator[Variant]:
     )
 
 
-def _select(name: str, n: int, r: int, c: int, m: int, candidates: str, dtype: str) -> Variant:
+def _select(name: str, tokens: str, n: int, r: int, c: int, m: int, candidates: str, dtype: str) -> Variant:
     x, itemsize = f"*{dtype}", ITEMSIZE[dtype]
     additive = "product" in name
-    launch = select.topk_launch(n, r, c, m, candidates=candidates, additive=additive, itemsize=itemsize)
+    launch = select.topk_launch(TOKENS[tokens], n, r, c, m, candidates=candidates, additive=additive, itemsize=itemsize)
     types = {**dict.fromkeys(("row", "col", "u", "t", "cores", "scores"), x), "found": "*i64", "chosen": "*fp32"}
     return Variant(
-        name,
+        f"{name} {tokens}",
         select.topk_kernel,
         {**types, "addresses": "*i64", "H": "i32"},
         launch,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from op_parity import as_eager, as_float64, assert_as_exact_as_eager, value_and_gradients
 
 from ultramem import ops
 from ultramem.ops import LazyRows
@@ -32,21 +33,30 @@ def test_forward_and_gradients_equal_the_oracle(dtype, device):
         pytest.skip("the kernels refuse float64")
     torch.manual_seed(0)
     lazy = _lazy(dtype, device)
-    rows = torch.randn(N, D, dtype=dtype, device=device, requires_grad=True)
-    query = torch.randn(T, D, dtype=dtype, device=device, requires_grad=True)
+    rows, query = torch.randn(N, D, dtype=dtype, device=device), torch.randn(T, D, dtype=dtype, device=device)
     indices = torch.randint(0, 3 * N, (T, K), device=device)
     indices[:, 0] = 2  # a row that every token reads
     upstream = torch.randn(T, K, dtype=dtype, device=device)
-    out = ops.lookup_dot_lazy(rows, lazy, indices, query)
-    expected = ops.reference.lookup_dot_lazy(rows, lazy, indices, query)
-    assert not torch.allclose(expected, ops.reference.lookup_dot(rows, indices, query))  # the rows are stale
-    grads = torch.autograd.grad(out, (rows, query), upstream)
-    expected_grads = torch.autograd.grad(expected, (rows, query), upstream)
-    assert grads[0].layout is torch.sparse_coo
-    tolerance = 20 * torch.finfo(dtype).eps
-    assert torch.allclose(out, expected, rtol=tolerance, atol=tolerance)
-    assert torch.allclose(grads[0].to_dense(), expected_grads[0], rtol=tolerance, atol=tolerance)
-    assert torch.allclose(grads[1], expected_grads[1], rtol=tolerance, atol=tolerance)
+
+    def oracle(inputs):
+        state = LazyRows(*(x.to(inputs[0].dtype) if x is lazy[3] or x is lazy[4] else x for x in lazy))
+        return value_and_gradients(
+            lambda r, q: ops.reference.lookup_dot_lazy(r, state, indices, q), inputs, upstream.to(inputs[0].dtype)
+        )
+
+    exact, eager = oracle(as_float64([rows, query])), oracle(as_eager([rows, query]))
+    actual = value_and_gradients(lambda r, q: ops.lookup_dot_lazy(r, lazy, indices, q), [rows, query], upstream)
+    assert not torch.allclose(exact[0].to(dtype), ops.reference.lookup_dot(rows, indices, query))  # rows are stale
+    assert_as_exact_as_eager(("products", "grad of rows", "grad of query"), actual, eager, exact)
+
+
+def test_the_gradient_of_rows_is_sparse(device):
+    lazy = _lazy(torch.float32, device)
+    rows = torch.randn(N, D, device=device, requires_grad=True)
+    out = ops.lookup_dot_lazy(rows, lazy, torch.zeros(T, K, dtype=torch.int64, device=device), rows[:T].detach())
+    (grad,) = torch.autograd.grad(out.sum(), rows)
+    assert grad.layout is torch.sparse_coo
+    assert grad.coalesce().indices().tolist() == [[0]]
 
 
 def test_no_tokens():

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ultramem.ops.catch_up import LazyRows
-from ultramem.ops.triton._launch import next_power_of_2, refuse_float64, require_contiguous
+from ultramem.ops.triton._launch import cdiv, next_power_of_2, refuse_float64, require_contiguous
 
 # A program is one warp, which waits for no other. It works on 256 elements at a time: 16 bytes a lane of a bfloat16
 # table, 4 KB of an update of a float32 one. 32 such warps, all that a processor takes, fit into 64 registers a lane and
@@ -93,7 +93,7 @@ def catch_up_rows_kernel(
 def row_tile(d: int) -> dict[str, Any]:
     """Constants and warps of a kernel that goes over whole rows of D columns."""
     most = min(TILE_ELEMENTS, next_power_of_2(d))
-    padded = {c: triton.cdiv(d, c) * c for c in (most, most // 2, most // 4) if c == most or c >= LEAST_COLUMNS}
+    padded = {c: cdiv(d, c) * c for c in (most, most // 2, most // 4) if c == most or c >= LEAST_COLUMNS}
     columns = next(c for c, width in padded.items() if 8 * width <= 9 * min(padded.values()))
     rows = min(MAX_ROWS, TILE_ELEMENTS // columns)
     return {"D": d, "ROWS": rows, "COLUMNS": columns, "num_warps": 1}
@@ -107,7 +107,7 @@ def catch_up_rows(values_ND: Tensor, lazy: LazyRows, rows_U: Tensor) -> Tensor:
     out_UD = values_ND.new_empty(count, d, dtype=torch.float32)
     if out_UD.numel():
         launch = row_tile(d)
-        catch_up_rows_kernel[(triton.cdiv(count, launch["ROWS"]),)](
+        catch_up_rows_kernel[(cdiv(count, launch["ROWS"]),)](
             values_ND, lazy.exp_avg_ND, lazy.exp_avg_sq_ND, lazy.last_step_N, lazy.schedule_S3, lazy.step,
             rows_U.contiguous(), out_UD, count, lazy.eps, **launch,
         )  # fmt: skip

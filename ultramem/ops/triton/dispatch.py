@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ultramem.ops.triton._launch import next_power_of_2
+from ultramem.ops.triton._launch import cdiv, next_power_of_2
 
 LANES = 32
 LOAD_BYTES = 16  # of a lane: the widest load
@@ -89,7 +88,7 @@ def row_columns(lookup: Lookup) -> int:
     """Columns of a warp: 16 bytes for each lane, or fewer where that leaves less of the last tile empty."""
     widest = WARP_LOAD_BYTES // lookup.itemsize
     most = min(widest, next_power_of_2(lookup.columns))
-    padded = {c: triton.cdiv(lookup.columns, c) * c for c in (most, most // 2, most // 4) if 8 * c >= widest}
+    padded = {c: cdiv(lookup.columns, c) * c for c in (most, most // 2, most // 4) if 8 * c >= widest}
     if not padded:
         return most
     return next(c for c, columns in padded.items() if 8 * columns <= 9 * min(padded.values()))
@@ -131,9 +130,9 @@ def pool_tile(tokens: Any, lookup: Lookup) -> PoolTile:
     return few_tokens(lookup) if statically_known_true(tokens <= FEW_TOKENS) else many_tokens(lookup)
 
 
-def pools_by_products(tokens: Any, lookup: Lookup) -> bool:
-    """Are tensor cores the faster way?"""
-    return lookup.itemsize == 2 and (lookup.blocks > MAX_GROUP or statically_known_true(tokens <= PRODUCT_TOKENS))
+def takes_products(tokens: Any) -> bool:
+    """Are tensor cores the faster way for 16-bit numbers? Not if a compiler leaves the number of tokens open."""
+    return statically_known_true(tokens <= PRODUCT_TOKENS)
 
 
 def capability_of(device: torch.device) -> int:

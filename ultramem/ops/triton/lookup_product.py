@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from ultramem.ops.triton._launch import is_interpreted, next_power_of_2
+from ultramem.ops.triton._launch import cdiv, is_interpreted, next_power_of_2
 from ultramem.ops.triton._slots import locate
 from ultramem.ops.triton.permute_addresses import permutation_constants, permute
 
@@ -94,7 +94,7 @@ def product_launch(
         "GROUP": GROUP,
         "BLOCKS": min(GROUP, num_blocks),
         "SLOTS": slots,
-        "PIECES": triton.cdiv(k, slots),
+        "PIECES": cdiv(k, slots),
         "COLUMNS": max(LEAST, min(columns, next_power_of_2(d // c))),
         "PERMUTATION": None if permutation_seed is None else permutation_constants(size, permutation_seed),
         "WIDE": is_interpreted(),  # the interpreter multiplies the bits of bfloat16 as integers
@@ -122,6 +122,6 @@ def lookup_product(
     launch = product_launch(
         k, d, c, num_blocks, columns=columns, size=n * num_blocks, permutation_seed=permutation_seed
     )
-    grid = (t * c * triton.cdiv(d // c, launch["COLUMNS"]), triton.cdiv(num_blocks, GROUP))
+    grid = (t * c * cdiv(d // c, launch["COLUMNS"]), cdiv(num_blocks, GROUP))
     wrap_triton(lookup_product_kernel)[grid](values_ND, indices_TK, scores_TKC, out_TED, n, k, **launch)
     return out_TED

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from ultramem.ops.triton._launch import refuse_float64
+from ultramem.ops.triton._launch import cdiv, refuse_float64
 from ultramem.ops.triton._slots import locate, permutation_launch, permute_slots
-from ultramem.ops.triton.dispatch import Lookup, PoolTile, capability_of, pool_tile, pools_by_products
+from ultramem.ops.triton.dispatch import Lookup, PoolTile, capability_of, pool_tile, takes_products
 from ultramem.ops.triton.lookup_product import lookup_product
 
 # The first GPUs that convert float8 e4m3.
@@ -122,7 +122,7 @@ def lookup_reduce(
         cores=int(c),
         blocks=num_blocks,
     )
-    if values_ND.dtype == scores_TKC.dtype and pools_by_products(t, lookup):
+    if lookup.itemsize == 2 and values_ND.dtype == scores_TKC.dtype and takes_products(t):
         return lookup_product(values_ND, indices_TK, scores_TKC, num_blocks, permutation_seed)
     return _pool(values_ND, None, indices_TK, scores_TKC, lookup, permutation_seed, values_ND.dtype)
 
@@ -163,7 +163,7 @@ def _pool(
     tile = pool_tile(t, lookup)
     launch = pool_launch(tile, k, d, c, e, size=n * e, permutation_seed=permutation_seed)
     permuted_TK = None if permutation_seed is None else indices_TK.new_empty(t, k)
-    grid = (t * c * triton.cdiv(lookup.columns, tile.columns), triton.cdiv(e, tile.group))
+    grid = (t * c * cdiv(lookup.columns, tile.columns), cdiv(e, tile.group))
     wrap_triton(lookup_reduce_kernel)[grid](
         values_ND, scales_N, indices_TK, scores_TKC, permuted_TK, out_TED, n, k, **launch
     )

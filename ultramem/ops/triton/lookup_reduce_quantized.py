@@ -14,45 +14,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from ultramem.ops.triton._launch import cdiv
 from ultramem.ops.triton._slots import locate, permute_slots
-from ultramem.ops.triton.dispatch import Lookup, pool_tile
+from ultramem.ops.triton._words import WORD, flipped, fraction, row_order, word_bits
+from ultramem.ops.triton.dispatch import Lookup, pool_tile, takes_products
+from ultramem.ops.triton.lookup_product_quantized import lookup_product_quantized
 from ultramem.ops.triton.lookup_reduce import lookup_reduce_fp8, pool_launch
 
-# Bits of a load's element; bytes, where a core's share of a row is no whole number of words.
-WORD, BYTE = 32, 8
 # Loads of rows that a lane has in its tile: unpacked, 4 are as many registers as 8 of bfloat16.
 ROW_LOADS = 4
 # Blocks of a program: each has an accumulator for every element of a loaded word.
 GROUP = {8: 4, 4: 2}
-
-
-@triton.jit
-def _fraction(words, at: tl.constexpr, BITS: tl.constexpr):
-    """1 + u / 2^BITS as float32, of element number `at` of each word, u: two instructions and no conversion.
-
-    u lands in the highest bits of the mantissa of 1.0.
-    """
-    SHIFT: tl.constexpr = 23 - BITS - at * BITS
-    MASK: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
-    moved = words << SHIFT if SHIFT >= 0 else words >> -SHIFT
-    return ((moved & MASK) | 0x3F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _row_order(parts, COUNT: tl.constexpr):
-    """Pooled columns as they lie in a row, from one tensor for each place in a word."""
-    if COUNT == 1:
-        return parts[0]
-    if COUNT == 2:
-        even = parts[0]
-        odd = parts[1]
-    elif COUNT == 4:
-        even = tl.interleave(parts[0], parts[2])
-        odd = tl.interleave(parts[1], parts[3])
-    else:
-        even = tl.interleave(tl.interleave(parts[0], parts[4]), tl.interleave(parts[2], parts[6]))
-        odd = tl.interleave(tl.interleave(parts[1], parts[5]), tl.interleave(parts[3], parts[7]))
-    return tl.interleave(even, odd)
 
 
 @triton.jit
@@ -100,8 +72,6 @@ def lookup_reduce_quantized_kernel(
         permuted += token * K
         permute_slots(indices, permuted, K, PIECE, PERMUTATION)
         indices = permuted
-    # The top bit of every element: flipping it makes v + 2^(BITS-1) of v.
-    FLIP: tl.constexpr = -2139062144 if BITS == 8 else -2004318072
     acc = ()
     totals = ()
     for _ in tl.static_range(GROUP):
@@ -122,14 +92,14 @@ def lookup_reduce_quantized_kernel(
             loaded = loaded + (tl.load(words + row[:, None] * (W * C) + column[None, :], mask=mask, other=0),)
             blocks = blocks + (block,)
         for i in tl.static_range(SLOTS // AT_ONCE):
-            biased = loaded[i].to(tl.int32) ^ FLIP
+            biased = flipped(loaded[i], BITS)
             added = ()
             summed = ()
             for e in tl.static_range(GROUP):
                 weight = tl.where(blocks[i] == e, weights[i], 0.0)
                 summed = summed + (totals[e] + weight,)
                 for at in tl.static_range(COUNT):
-                    added = added + (acc[e * COUNT + at] + weight[:, None] * _fraction(biased, at, BITS),)
+                    added = added + (acc[e * COUNT + at] + weight[:, None] * fraction(biased, at, BITS),)
             acc = added
             totals = summed
     x = program % CHUNKS * COLUMNS * COUNT + tl.arange(0, COLUMNS * COUNT)
@@ -141,13 +111,12 @@ def lookup_reduce_quantized_kernel(
             pooled = pooled + (part.to(out.dtype.element_ty),)
         block = group * GROUP + e
         where = out + (token * E + block) * D + core * (W * COUNT) + x
-        tl.store(where, _row_order(pooled, COUNT), mask=(x < W * COUNT) & (x * 0 + block < E))
+        tl.store(where, row_order(pooled, COUNT), mask=(x < W * COUNT) & (x * 0 + block < E))
 
 
 def quantized_lookup(k: int, d: int, c: int, num_blocks: int, *, bits: int) -> Lookup:
     """The lookup as dispatch sees it, in words or bytes."""
-    core_bits = d // c * bits
-    word = WORD if core_bits % WORD == 0 else BYTE
+    core_bits, word = d // c * bits, word_bits(d // c, bits)
     return Lookup(
         slots=k,
         columns=core_bits // word,
@@ -174,17 +143,22 @@ def lookup_reduce_quantized(
     n, row_bytes = map(int, values_NB.shape)
     t, k, c = scores_TKC.shape
     k, c, d = int(k), int(c), row_bytes * 8 // bits
-    out_TED = scores_TKC.new_empty(t, num_blocks, d)
     if t == 0:
-        return out_TED
+        return scores_TKC.new_empty(t, num_blocks, d)
     lookup = quantized_lookup(k, d, c, num_blocks, bits=bits)
     word = 8 * lookup.itemsize
+    words_NW = values_NB.view(torch.int32 if word == WORD else torch.int8)
+    if scores_TKC.element_size() == 2 and takes_products(t):
+        return lookup_product_quantized(
+            words_NW, scales_N, indices_TK, scores_TKC, num_blocks, permutation_seed, d=d, bits=bits
+        )
+    out_TED = scores_TKC.new_empty(t, num_blocks, d)
     tile = pool_tile(t, lookup)
     launch = pool_launch(tile, k, d, c, num_blocks, size=n * num_blocks, permutation_seed=permutation_seed)
     permuted_TK = None if permutation_seed is None else indices_TK.new_empty(t, k)
-    grid = (t * c * triton.cdiv(lookup.columns, tile.columns), triton.cdiv(num_blocks, tile.group))
+    grid = (t * c * cdiv(lookup.columns, tile.columns), cdiv(num_blocks, tile.group))
     wrap_triton(lookup_reduce_quantized_kernel)[grid](
-        values_NB.view(torch.int32 if word == WORD else torch.int8),
+        words_NW,
         scales_N,
         indices_TK,
         scores_TKC,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ultramem.ops.permute_addresses import PASSES, ROUNDS, schedule
+from ultramem.ops.triton._launch import cdiv
 
 # Addresses a program: 2 a thread. A launch permutes heads x top-m addresses a token, 84 at the largest preset, so small
 # programs reach more of the device; the arithmetic (32 multiplications, 4 divisions) outweighs the 16 bytes moved.
@@ -106,7 +107,7 @@ def permute_addresses(addresses: Tensor, size: int, seed: int, inverse: bool) ->
     out = addresses.new_empty(addresses.shape)
     count = addresses.numel()
     if count:
-        grid = (triton.cdiv(count, BLOCK),)
+        grid = (cdiv(count, BLOCK),)
         wrap_triton(permute_addresses_kernel)[grid](
             addresses, out, count, **permute_launch(size, seed, inverse=inverse)
         )

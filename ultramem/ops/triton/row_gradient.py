@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ultramem.ops.triton._launch import next_power_of_2
+from ultramem.ops.triton._launch import cdiv, next_power_of_2
 from ultramem.ops.triton.sorted_slots import SortedSlots
 
 # A core's share of a row at the paper's sizes (256, 384, 512 columns) in one warp, so that the dot products behind the
@@ -207,7 +207,7 @@ def row_gradient(
     if count == 0 or d == 0:
         return grad_scores.zero_()
     launch = row_gradient_launch(count, d, c, num_blocks, itemsize=values_ND.element_size(), need_scores=need_scores)
-    chunks, windows = triton.cdiv(d // c, launch["COLUMNS"]), triton.cdiv(count, launch["WINDOW"])
+    chunks, windows = cdiv(d // c, launch["COLUMNS"]), cdiv(count, launch["WINDOW"])
     # Each chunk of columns writes its own part of a score's gradient: adding them afterwards needs no atomics.
     by_chunk = need_scores and chunks > 1
     score_parts = scores_TKC.new_empty(chunks, t, k, c, dtype=torch.float32) if by_chunk else grad_scores
@@ -217,7 +217,7 @@ def row_gradient(
         grad_TED, values_ND, scores_TKC, keys, slots, targets_S, grad_rows, score_parts, parts, k, count, **launch
     )
     combine = combine_launch(d, num_blocks, launch["WINDOW"])
-    combine_parts_kernel[(triton.cdiv(windows, combine["SLOTS"]), triton.cdiv(d, combine["COLUMNS"]))](
+    combine_parts_kernel[(cdiv(windows, combine["SLOTS"]), cdiv(d, combine["COLUMNS"]))](
         keys, targets_S, grad_rows, parts, windows, **combine
     )
     return score_parts.sum(0).to(scores_TKC.dtype) if by_chunk else grad_scores

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import wrap_triton
 
-from ultramem.ops.triton._launch import next_power_of_2, refuse_float64
+from ultramem.ops.triton._launch import cdiv, next_power_of_2, refuse_float64
 from ultramem.ops.triton.permute_addresses import permute_addresses
 
 # Columns of a tile: a core's share of a row at the paper's sizes, in one warp, so that a dot product needs no other.
@@ -82,7 +82,7 @@ def score_gradient_launch(t: Any, k: int, d: int, c: int, num_blocks: int, *, it
     """Constants and warps of the kernel for T tokens (an int, or a size that a compiler leaves open)."""
     columns = min(MAX_COLUMNS * 2 // itemsize, next_power_of_2(d // c))
     slots = max(1, min(MAX_SLOTS, TILE_BYTES // (columns * itemsize), next_power_of_2(k)))
-    tiles = 1 if statically_known_true(t <= FEW_TOKENS) else min(TILES, triton.cdiv(k, slots))
+    tiles = 1 if statically_known_true(t <= FEW_TOKENS) else min(TILES, cdiv(k, slots))
     constants = {"D": d, "C": c, "E": num_blocks, "SLOTS": slots, "TILES": tiles, "COLUMNS": columns}
     return {**constants, "num_warps": 1}
 
@@ -106,7 +106,7 @@ def score_gradient(
     if permutation_seed is not None:  # by every lane that reads a row it would cost more than the row
         indices_TK = permute_addresses(indices_TK, n * num_blocks, permutation_seed, False)
     launch = score_gradient_launch(t, k, d, c, num_blocks, itemsize=values_ND.element_size())
-    wrap_triton(score_gradient_kernel)[(t, triton.cdiv(k, launch["SLOTS"] * launch["TILES"]), c)](
+    wrap_triton(score_gradient_kernel)[(t, cdiv(k, launch["SLOTS"] * launch["TILES"]), c)](
         grad_TED, values_ND, indices_TK, grad_scores, n, k, **launch
     )
     return grad_scores

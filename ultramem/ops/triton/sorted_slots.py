@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ultramem.ops.triton._launch import cdiv
 from ultramem.ops.triton.permute_addresses import permutation_constants, permute
 
 # Slots of a program: 2 a thread, as many small programs as the permutation has.
@@ -60,7 +61,7 @@ def sort_slots(indices_TK: Tensor, n: int, num_blocks: int, permutation_seed: in
     # Half the passes of a radix sort.
     keys_S = indices_TK.new_empty(count, dtype=torch.int32 if n * num_blocks < 2**31 else torch.int64)
     if count:
-        slot_keys_kernel[(triton.cdiv(count, BLOCK),)](
+        slot_keys_kernel[(cdiv(count, BLOCK),)](
             indices_TK, keys_S, count, n, **slot_keys_launch(n, num_blocks, permutation_seed)
         )
     return SortedSlots(*keys_S.sort(stable=True))

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ultramem.ops.triton._launch import refuse_float64, require_contiguous
+from ultramem.ops.triton._launch import cdiv, refuse_float64, require_contiguous
 from ultramem.ops.triton.catch_up import debt, made_up, root, row_tile
 from ultramem.ops.triton.round_stochastically import row_word, to_element
 
@@ -179,7 +179,7 @@ def adamw_rows_(
         return
     count, d = grads_UD.shape
     launch = row_tile(d)
-    adamw_rows_kernel[(triton.cdiv(count, launch["ROWS"]),)](
+    adamw_rows_kernel[(cdiv(count, launch["ROWS"]),)](
         values_ND, exp_avg_ND, exp_avg_sq_ND, last_step_N, schedule_S3, rows_U, grads_UD,
         count, step, seed, *adamw_scalars(step, lr, beta1, beta2, eps, weight_decay), **launch,
     )  # fmt: skip
@@ -213,7 +213,7 @@ def adagrad_rows_(
         return
     count, d = grads_UD.shape
     launch = row_tile(d)
-    adagrad_rows_kernel[(triton.cdiv(count, launch["ROWS"]),)](
+    adagrad_rows_kernel[(cdiv(count, launch["ROWS"]),)](
         values_ND, row_sum_N, last_step_N, schedule_S3, rows_U, grads_UD,
         count, step, seed, lr, 1 - lr * weight_decay, eps, **launch,
     )  # fmt: skip
