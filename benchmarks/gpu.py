@@ -55,11 +55,12 @@ class Shard(NamedTuple):
     parts: int = 1
 
 
-def test_shards(*, dry_run: bool) -> list[Shard]:
-    """One process each; those of the longest files first."""
+def shards_of_tests(wanted: Sequence[str] = (), *, dry_run: bool) -> list[Shard]:
+    """One process each, of the files whose path has a part that is `wanted` (all, without); the longest files first."""
     if dry_run:
         return [Shard(file) for file in REHEARSED_TESTS]
     files = [path for folder in TEST_FILES for path in (ROOT / folder).glob("test_*.py")]
+    files = [path for path in files if not wanted or any(part in str(path) for part in wanted)]
     size = {path: path.stat().st_size for path in files}
     return [
         Shard(str(path.relative_to(ROOT)), number, parts)
@@ -123,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--workers", type=int, help=f"rows prepared at a time (default: {WORKERS}; 1 in a rehearsal, on a CPU)"
     )
     parser.add_argument("--no-tests", action="store_true", help="benchmarks alone")
+    parser.add_argument("--tests", default="", help="parts of test files' names, with commas between (default: all)")
     parser.add_argument("--rows", default="", help="names, their beginnings or globs, with commas between")
     parser.add_argument("--commit", help="to record where the checkout has no git")
     parser.add_argument("--subjects", default="benchmarks.subjects", help=argparse.SUPPRESS)
@@ -137,6 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     found = importlib.import_module(options.subjects).rows("gpu", rehearse=options.dry_run)
     rows = selected(found, [pattern for pattern in options.rows.split(",") if pattern])
+    wanted = [part for part in options.tests.split(",") if part]
+    shards = [] if options.no_tests else shards_of_tests(wanted, dry_run=options.dry_run)
+    if wanted and not shards:
+        parser.error(f"--tests must name files of {' or '.join(TEST_FILES)}, got {options.tests!r}")
     try:
         probed = probe_machine(plan)
     except LostError as error:
@@ -145,9 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(os.environ.get("OUT") or RESULTS) / f"{file_name(probed['device'], dry_run=options.dry_run)}.json"
     out.unlink(missing_ok=True)  # of an earlier run; this one is whole by itself
     results = Results(out, "gpu", [row.name for row in rows])
-    if not options.no_tests:
+    if shards:
         limit_s = min(TESTS_LIMIT_S, plan.deadline - time.monotonic())
-        results.tests = run_tests(test_shards(dry_run=options.dry_run), limit_s=limit_s, dry_run=options.dry_run)
+        results.tests = run_tests(shards, limit_s=limit_s, dry_run=options.dry_run)
         results.write()
     interrupted = False
     try:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from benchmarks import gpu
 from benchmarks.harness.source import ROOT
@@ -25,9 +28,20 @@ def test_every_test_is_in_one_shard():
 
 
 def test_long_files_come_first_and_in_parts():
-    shards = gpu.test_shards(dry_run=False)
+    shards = gpu.shards_of_tests(dry_run=False)
     assert (shards[0].number, shards[0].parts) == (1, 3)
     assert len({shard.file for shard in shards}) < len(shards)
     for shard in shards:
         numbers = [each.number for each in shards if each.file == shard.file]
         assert numbers == list(range(1, shard.parts + 1))
+
+
+def test_wanted_files_alone():
+    shards = gpu.shards_of_tests(["update_rows", "test_gpu"], dry_run=False)
+    assert {Path(shard.file).name for shard in shards} == {"test_update_rows.py", "test_gpu.py"}
+
+
+def test_tests_that_are_not_there_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--tests", "nothing"])
+    assert "--tests must name files of tests/ops or tests/optim, got 'nothing'" in capsys.readouterr().err
