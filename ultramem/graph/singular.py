@@ -18,8 +18,8 @@ def leading_singular_pair(core_HRR: Tensor) -> tuple[Tensor, Tensor]:
     Their free common sign is fixed by `sum(u) + sum(t) >= 0`.
     """
     core = core_HRR.detach().float()
-    t_HR = _leading_eigenvector(core.transpose(1, 2) @ core)
-    u_HR = _unit((core @ t_HR.unsqueeze(-1)).squeeze(-1))
+    t_HR = _leading_eigenvector(_product(core.transpose(1, 2), core))
+    u_HR = _unit((core * t_HR.unsqueeze(1)).sum(2))
     negative = (u_HR.sum(1) + t_HR.sum(1) < 0).unsqueeze(1)
     return torch.where(negative, -u_HR, u_HR), torch.where(negative, -t_HR, t_HR)
 
@@ -31,7 +31,7 @@ def singular_values(core_HRR: Tensor) -> Tensor:
     values = []
     for _ in range(core.shape[-1]):
         u_HR, t_HR = leading_singular_pair(rest)
-        value_H = (u_HR * (core @ t_HR.unsqueeze(-1)).squeeze(-1)).sum(1)
+        value_H = (u_HR * (core * t_HR.unsqueeze(1)).sum(2)).sum(1)
         values.append(value_H)
         rest = rest - (u_HR * value_H.detach().unsqueeze(1)).unsqueeze(2) * t_HR.unsqueeze(1)
     return torch.stack(values, dim=1)
@@ -48,10 +48,15 @@ def _leading_eigenvector(gram_HRR: Tensor) -> Tensor:
         trace_H = (gram_HRR * identity_RR).sum((1, 2))
         gram_HRR = gram_HRR / trace_H.clamp_min(torch.finfo(torch.float32).tiny).view(-1, 1, 1)
         for _ in range(SQUARINGS_PER_ROUND):
-            gram_HRR = gram_HRR @ gram_HRR
+            gram_HRR = _product(gram_HRR, gram_HRR)
     # The matrix is now t t^T up to scale; its row of the largest diagonal entry is t up to scale.
     row = (gram_HRR * identity_RR).sum(2).argmax(dim=1).view(-1, 1, 1)
     return _unit(gram_HRR.gather(1, row.expand(-1, 1, gram_HRR.shape[-1])).squeeze(1))
+
+
+def _product(left_HRR: Tensor, right_HRR: Tensor) -> Tensor:
+    """Products of tiny matrices as sums: a compiler fuses them with what is around, and no tf32 rounds them."""
+    return (left_HRR.unsqueeze(3) * right_HRR.unsqueeze(1)).sum(2)
 
 
 def _unit(vector_HR: Tensor) -> Tensor:
