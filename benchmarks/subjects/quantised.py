@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.check import require_as_exact_as_eager
-from benchmarks.harness.contender import Case, Contender, Floor, Role
+from benchmarks.harness.contender import Case, Contender, Floor, Role, UnavailableError
 from benchmarks.harness.row import Goal, Row, Suite
 from benchmarks.subjects.fbgemm import quantised_embedding, require_fbgemm
 from benchmarks.subjects.lookup import CHECKED_TOKENS, Bags, Inputs, Problem
 from benchmarks.subjects.shapes import BASE_GB, table_gb
-from ultramem.ops import lookup_reduce, reference
+from ultramem.ops import lookup_reduce, lookup_reduce_quantized, quantize_rows, reference
 
 INT8_CPU = Goal(text=">= 3x its quantised peer, int8 rows", quantity="speedup", bound=3.0, against="quantized")
 SCALE_BYTES = 4  # of a row or of one core's share of it: a scale and an offset in half precision
@@ -91,7 +91,25 @@ def build(row: Row, device: torch.device) -> Case:
             lambda r: problem.values_ND[r],
         )
 
+    def ours() -> Contender:
+        rows_NB, scales_N = quantize_rows(problem.values_ND, bits)
+        one = torch.ones(1, 1, device=device)
+
+        def unpack(rows: Tensor) -> Tensor:
+            weights = one.expand(rows.numel(), 1, 1)
+            return reference.lookup_reduce_quantized(rows_NB, scales_N, rows.unsqueeze(1), weights).squeeze(1)
+
+        return contender(
+            "ours",
+            "ops.lookup_reduce_quantized, AUTO",
+            lambda x: lookup_reduce_quantized(rows_NB, scales_N, *x, num_blocks=e),
+            lambda x: x,
+            unpack,
+        )
+
     def torch_quantized() -> Contender:
+        if device.type == "cuda":
+            raise UnavailableError("torch.ops.quantized has no such kernel for CUDA")
         kind = "byte" if bits == 8 else "4bit"
         ops = torch.ops.quantized
         packed_RB = getattr(ops, f"embedding_bag_{kind}_prepack")(problem.core_table.float())
@@ -129,6 +147,7 @@ def build(row: Row, device: torch.device) -> Case:
         return contender("peer", settings, run, prepare, _by_core(unpack, c))
 
     contenders = {
+        "ultramem": ours,
         "quantized embedding_bag": torch_quantized,
         "FBGEMM": fbgemm,
         "unquantised": unquantised,

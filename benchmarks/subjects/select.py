@@ -192,7 +192,7 @@ def check_key_scores(problem: Problem, query_2TK: Tensor, scores: tuple[Tensor, 
     for side in (0, 1):
         keys = problem.keys_2HRNK[side]
         exact = torch.einsum("tk,hrnk->thrn", few[side].double(), keys.double())
-        eager = (few[side][:, None, None, None] * keys).sum(-1)
+        eager = torch.einsum("tk,hrnk->thrn", few[side], keys)
         require_as_exact_as_eager("key scores", scores[side][:CHECKED_TOKENS], eager, exact)
 
 
