@@ -36,6 +36,7 @@ from ultramem.ops.triton import (
     select_two_launches,
     sorted_slots,
     update_rows,
+    update_segments,
 )
 
 RANKS, CORES, BLOCKS, HEADS = 2, 2, 4, 2
@@ -314,12 +315,54 @@ def _update_rows(d: int, dtype: str, name: str, *, registers: int) -> Iterator[V
     )
 
 
+def update_segments_variants(size: Size, dtype: str) -> Iterator[Variant]:
+    x, d, window = f"*{dtype}", size.value_dim, 64
+    launch = update_segments.segments_launch(d, CORES, BLOCKS, window)
+    slots = {"grad": x, "scores": x, "keys": "*i32", "order": "*i64", "K": "i32", "count": "i32"}
+    state = {"parts": "*fp32", "values": x, "last_step": "*i32", "schedule": "*fp64"}
+    step = {"step": "i32", "seed": "i64", "windows": "i32", **dict.fromkeys(("rate", "decay", "eps"), "fp32")}
+    moments = ("exp_avg", "exp_avg_sq")
+    powers = ("log2_beta1", "log2_beta1_rest", "log2_beta2", "log2_beta2_rest")
+    numbers = (*powers, "rest1", "rest2", "root_scale")
+    table, wide = (row_loads(launch, each, rows=launch["CORES"]) for each in (dtype, "fp32"))  # loads of a row
+    rules = {
+        "adamw": (dict.fromkeys(moments, "*fp32") | dict.fromkeys(numbers, "fp32"), ("row_sum",), 2 * wide),
+        "adagrad": ({"row_sum": "*fp32"}, (*moments, *numbers), 0),
+    }
+    for name, (types, absent, kept) in rules.items():
+        constants = {**launch, **dict.fromkeys(absent)}
+        yield Variant(
+            f"{name}_segments",
+            update_segments.update_segments_kernel,
+            {**slots, **state, **step, **types},
+            {**constants, "SLOTS": update_segments.SLOTS},
+            Budget(wide_loads=(update_segments.SLOTS + 1) * table + kept, wide_stores=table + kept, registers=128),
+        )
+        yield Variant(
+            f"{name}_segments crossing",
+            update_segments.update_crossing_rows_kernel,
+            {"keys": "*i32", **state, **step, **types},
+            constants,
+            Budget(wide_loads=wide + table + kept, wide_stores=table + kept, registers=128),
+        )
+    combine = row_gradient.combine_launch(d, BLOCKS, window)
+    if dtype == "bf16":  # parts have one dtype
+        yield Variant(
+            "segments combine parts",
+            row_gradient.combine_parts_kernel,
+            {"keys": "*i32", "parts": "*fp32", "windows": "i32"},
+            {**combine, "targets": None, "grad_rows": None},
+            Budget(wide_loads=row_loads(combine, "fp32"), registers=160, barriers_in_loop=0),
+        )
+
+
 KERNEL_FILES: tuple[Callable[[Size, str], Iterator[Variant]], ...] = (
     lookup_reduce_variants,
     lookup_reduce_backward_variants,
     select_variants,
     permute_addresses_variants,
     update_rows_variants,
+    update_segments_variants,
 )
 
 

@@ -68,6 +68,9 @@ NOT_EXPORTED = {
     "grouped_mm",
     "adamw_rows_",
     "adagrad_rows_",
+    "adamw_segments_",
+    "adagrad_segments_",
+    "sort_slots",
     "lookup_reduce_quantized",
 }
 

@@ -68,8 +68,8 @@ import json
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from ultramem.ops import LazyRows
-from ultramem.ops.triton import catch_up, update_rows
+from ultramem.ops import LazyRows, SortedSlots
+from ultramem.ops.triton import catch_up, row_gradient, update_rows, update_segments
 
 
 class Driver:
@@ -86,6 +86,7 @@ class Driver:
 triton.runtime.driver._active = Driver()
 triton.runtime.JITFunction.__getitem__ = lambda kernel, grid: lambda *x, **y: kernel.warmup(*x, grid=grid, **y)
 compiled = collections.Counter()
+row_gradient.WINDOWS = ((0, 4),)
 triton.knobs.runtime.jit_cache_hook = lambda **call: compiled.update([call["fn"].name.split(".")[-1]])
 table, first, second = (torch.empty(20, 8) for _ in range(3))
 last_step, schedule = torch.empty(20, dtype=torch.int32), torch.empty(20, 3, dtype=torch.float64)
@@ -95,6 +96,10 @@ for step, count, decay, seed in (1, 1, 0.0, 1), (2, 2, 0.1, 16), (3, 16, 0.5, 5)
     update_rows.adamw_rows_(table, first, second, last_step, *rule, 0.5, 0.9, 1.0, decay, seed)
     update_rows.adagrad_rows_(table, torch.empty(20), last_step, *rule, 1.0, decay, seed)
     catch_up.catch_up_rows(table, LazyRows(schedule, torch.tensor(step), last_step, first, second, decay), rows)
+    slots = SortedSlots(torch.empty(3 * count, dtype=torch.int32), torch.empty(3 * count, dtype=torch.int64))
+    lookup = (schedule, slots, torch.empty(count, 2, 8), torch.empty(count, 3, 2), step, decay)
+    update_segments.adamw_segments_(table, first, second, last_step, *lookup, 0.5, 0.9, 1.0, decay, seed)
+    update_segments.adagrad_segments_(table, torch.empty(20), last_step, *lookup, 1.0, decay, seed)
 print(json.dumps(compiled))
 """
 
@@ -124,5 +129,6 @@ def test_compiled_graphs_copy_no_input_of_a_kernel() -> None:
 
 
 def test_kernels_of_an_update_are_compiled_once_whatever_the_step() -> None:
-    kernels = "adamw_rows_kernel", "adagrad_rows_kernel", "catch_up_rows_kernel"
-    assert run_compiler("-c", UPDATES) == dict.fromkeys(kernels, 1)
+    once = dict.fromkeys(("adamw_rows_kernel", "adagrad_rows_kernel", "catch_up_rows_kernel"), 1)
+    a_rule = dict.fromkeys(("update_segments_kernel", "update_crossing_rows_kernel"), 2)
+    assert run_compiler("-c", UPDATES) == {**once, **a_rule, "combine_parts_kernel": 1}

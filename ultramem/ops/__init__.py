@@ -13,16 +13,21 @@ from ultramem.ops.lookup_reduce_quantized import QuantizedRows, lookup_reduce_qu
 from ultramem.ops.permute_addresses import address_table, permute_addresses
 from ultramem.ops.product_topk import TopK, product_topk
 from ultramem.ops.round_stochastically import round_stochastically
+from ultramem.ops.sorted_slots import SortedSlots, sort_slots
 from ultramem.ops.tucker_topk import tucker_topk
 from ultramem.ops.update_rows import adagrad_rows_, adamw_rows_
+from ultramem.ops.update_segments import adagrad_segments_, adamw_segments_
 
 __all__ = [
     "Implementation",
     "LazyRows",
     "QuantizedRows",
+    "SortedSlots",
     "TopK",
     "adagrad_rows_",
+    "adagrad_segments_",
     "adamw_rows_",
+    "adamw_segments_",
     "address_table",
     "advise_huge_pages",
     "catch_up_",
@@ -38,6 +43,7 @@ __all__ = [
     "quantize_rows",
     "reference",
     "round_stochastically",
+    "sort_slots",
     "tucker_topk",
     "use_implementation",
 ]

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ultramem.ops.sorted_slots import SortedSlots
 from ultramem.ops.triton._launch import cdiv, next_power_of_2
-from ultramem.ops.triton.sorted_slots import SortedSlots
 
 # A core's share of a row at the paper's sizes (256, 384, 512 columns) in one warp, so that the dot products behind the
 # scores' gradients need no other warp, and indices and scores are read once a slot and core.
@@ -131,6 +131,7 @@ def combine_parts_kernel(
 ):
     """Write the rows whose runs cross windows: the parts of each, in the order of the windows.
 
+    To `grad_rows`, or (None) over the first part of each run.
     A program looks at SLOTS windows and adds up, in COLUMNS columns, the runs that begin in one and go on.
     Bytes: 4 D a part, for 2 parts a run that crosses once; 16 a window and program of keys.
     """
@@ -164,8 +165,16 @@ def combine_parts_kernel(
                 acc += tl.sum(part, axis=0)
                 found = tl.sum(same.to(tl.int32), axis=0)
                 following += SLOTS
-            target = run.to(tl.int64) if targets is None else tl.load(targets + at).to(tl.int64)
-            tl.store(grad_rows + target * D + column, acc.to(grad_rows.dtype.element_ty), mask=inside)
+            if grad_rows is None:
+                tl.store(parts + (2 * run_window + 1) * D + column, acc, mask=inside)
+            else:
+                target = run.to(tl.int64) if targets is None else tl.load(targets + at).to(tl.int64)
+                tl.store(grad_rows + target * D + column, acc.to(grad_rows.dtype.element_ty), mask=inside)
+
+
+def window_of(count: int) -> int:
+    """Slots of a window, of `count` slots in all."""
+    return next(window for least, window in WINDOWS if count >= least)
 
 
 def row_gradient_launch(
@@ -174,8 +183,7 @@ def row_gradient_launch(
     """Constants and warps of the first kernel."""
     columns = min(MAX_COLUMNS, next_power_of_2(d // c))
     slots = max(1, min(4, ROW_BYTES_IN_FLIGHT // (columns * itemsize)))
-    window = next(window for least, window in WINDOWS if count >= least)
-    constants = {"D": d, "C": c, "E": num_blocks, "WINDOW": window, "SLOTS": slots, "COLUMNS": columns}
+    constants = {"D": d, "C": c, "E": num_blocks, "WINDOW": window_of(count), "SLOTS": slots, "COLUMNS": columns}
     return {**constants, "SCORES": need_scores, "num_warps": 1}
 
 

@@ -5,13 +5,13 @@ Shapes: N rows, T tokens, K slots a token, E blocks, S = T*K slots.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ultramem.ops.sorted_slots import SortedSlots, keys_dtype
 from ultramem.ops.triton._launch import cdiv
 from ultramem.ops.triton.permute_addresses import permutation_constants, permute
 
@@ -41,15 +41,6 @@ def slot_keys_kernel(indices, keys, count, N, E: tl.constexpr, PERMUTATION: tl.c
     tl.store(keys + at, key.to(keys.dtype.element_ty), mask=at < count)
 
 
-class SortedSlots(NamedTuple):
-    """Slots of a step in the order of their rows, then blocks, then as they came: the order of every addition."""
-
-    keys_S: Tensor
-    """row * E + block, ascending; int32 if N * E is below 2^31."""
-    slots_S: Tensor
-    """Which slot of [T,K], flat; int64."""
-
-
 def slot_keys_launch(n: int, num_blocks: int, permutation_seed: int | None) -> dict[str, Any]:
     """Constants and warps of the kernel."""
     words = None if permutation_seed is None else permutation_constants(n * num_blocks, permutation_seed)
@@ -58,8 +49,7 @@ def slot_keys_launch(n: int, num_blocks: int, permutation_seed: int | None) -> d
 
 def sort_slots(indices_TK: Tensor, n: int, num_blocks: int, permutation_seed: int | None) -> SortedSlots:
     count = indices_TK.numel()
-    # Half the passes of a radix sort.
-    keys_S = indices_TK.new_empty(count, dtype=torch.int32 if n * num_blocks < 2**31 else torch.int64)
+    keys_S = indices_TK.new_empty(count, dtype=keys_dtype(n, num_blocks))
     if count:
         slot_keys_kernel[(cdiv(count, BLOCK),)](
             indices_TK, keys_S, count, n, **slot_keys_launch(n, num_blocks, permutation_seed)

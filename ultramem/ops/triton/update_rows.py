@@ -31,6 +31,48 @@ def power(log2_base, log2_base_rest, exponent):
     return tl.exp2(exponent.to(tl.float64) * log2)
 
 
+@triton.jit
+def adamw_debt(schedule, then, step, log2_beta1, log2_beta1_rest, log2_beta2, log2_beta2_rest, eps):
+    """Of rows as they were after step `then`: steps missed before `step`, what they owe, and factors of the moments."""
+    before = tl.cast(step, tl.int32) - 1
+    missed = before - then
+    decay, drift, eps_row = debt(schedule, then, before, tl.cast(eps, tl.float32))
+    shrink1 = power(log2_beta1, log2_beta1_rest, missed).to(tl.float32)
+    shrink2 = power(log2_beta2, log2_beta2_rest, missed + 1).to(tl.float32)
+    return missed, decay, drift, eps_row, shrink1, shrink2
+
+
+@triton.jit
+def adamw_tile(
+    values, exp_avg, exp_avg_sq, at, mask, p, m, v, g, word, column,
+    missed, owed_decay, drift, eps_row, shrink1, shrink2, rest1, rest2, root_scale, rate, decay, eps,
+):  # fmt: skip
+    """Elements `at` of the table and of its moments, in place: p, m and v as they were; g is float32."""
+    p = p.to(tl.float32)
+    p = tl.where(missed > 0, made_up(p, m, v, owed_decay, drift, eps_row), p)
+    m *= shrink1
+    m += (g - m) * rest1
+    v = v * shrink2 + g * g * rest2
+    p = p * decay - rate * m / (root(v) * root_scale + eps)
+    tl.store(values + at, to_element(p, word, column, values.dtype.element_ty), mask=mask)
+    tl.store(exp_avg + at, m, mask=mask)
+    tl.store(exp_avg_sq + at, v, mask=mask)
+
+
+@triton.jit
+def adagrad_factors(schedule, then, step, total, lr, decay, eps):
+    """Of rows as they were after step `then`, with sums of squares `total`: factors of the row and of its gradient."""
+    owed_decay, _, _ = debt(schedule, then, tl.cast(step, tl.int32) - 1, tl.cast(eps, tl.float32))
+    return owed_decay * decay, tl.div_rn(tl.cast(lr, tl.float32), tl.sqrt_rn(total) + eps)
+
+
+@triton.jit
+def adagrad_tile(values, at, mask, p, g, word, column, row_decay, rate):
+    """Elements `at` of the table, in place: p as they were; g is float32."""
+    p = p.to(tl.float32) * row_decay - g * rate
+    tl.store(values + at, to_element(p, word, column, values.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=OPEN)
 def adamw_rows_kernel(
     values,
@@ -66,30 +108,24 @@ def adamw_rows_kernel(
     exists = index < count
     row = tl.load(rows + index, mask=exists, other=0)
     then = tl.load(last_step + row, mask=exists, other=0)
-    now = tl.cast(step, tl.int32)
-    missed = now - 1 - then
-    owed_decay, drift, eps_row = debt(schedule, then, now - 1, tl.cast(eps, tl.float32))
-    shrink1 = power(log2_beta1, log2_beta1_rest, missed).to(tl.float32)[:, None]
-    shrink2 = power(log2_beta2, log2_beta2_rest, missed + 1).to(tl.float32)[:, None]
+    missed, owed_decay, drift, eps_row, shrink1, shrink2 = adamw_debt(
+        schedule, then, step, log2_beta1, log2_beta1_rest, log2_beta2, log2_beta2_rest, eps
+    )
     word = row_word(row, seed, step)
     for start in range(0, D, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        mask = exists[:, None] & (column < D)[None, :]
-        at = row[:, None] * D + column[None, :]
-        p = tl.load(values + at, mask=mask, other=0.0).to(tl.float32)
+        column = (start + tl.arange(0, COLUMNS))[None, :]
+        mask = exists[:, None] & (column < D)
+        at = row[:, None] * D + column
+        p = tl.load(values + at, mask=mask, other=0.0)
         m = tl.load(exp_avg + at, mask=mask, other=0.0)
         v = tl.load(exp_avg_sq + at, mask=mask, other=0.0)
-        g = tl.load(grads + index[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        caught_up = made_up(p, m, v, owed_decay[:, None], drift[:, None], eps_row[:, None])
-        p = tl.where(missed[:, None] > 0, caught_up, p)
-        m *= shrink1
-        m += (g - m) * rest1
-        v = v * shrink2 + g * g * rest2
-        p = p * decay - rate * m / (root(v) * root_scale + eps)
-        tl.store(values + at, to_element(p, word[:, None], column[None, :], values.dtype.element_ty), mask=mask)
-        tl.store(exp_avg + at, m, mask=mask)
-        tl.store(exp_avg_sq + at, v, mask=mask)
-    tl.store(last_step + row, now, mask=exists)
+        g = tl.load(grads + index[:, None] * D + column, mask=mask, other=0.0).to(tl.float32)
+        adamw_tile(
+            values, exp_avg, exp_avg_sq, at, mask, p, m, v, g, word[:, None], column,
+            missed[:, None], owed_decay[:, None], drift[:, None], eps_row[:, None], shrink1[:, None], shrink2[:, None],
+            rest1, rest2, root_scale, rate, decay, eps,
+        )  # fmt: skip
+    tl.store(last_step + row, tl.cast(step, tl.int32), mask=exists)
 
 
 @triton.jit(do_not_specialize=OPEN)
@@ -121,26 +157,22 @@ def adagrad_rows_kernel(
     then = tl.load(last_step + row, mask=exists, other=0)
     squares = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, D, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        mask = exists[:, None] & (column < D)[None, :]
-        g = tl.load(grads + index[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        column = (start + tl.arange(0, COLUMNS))[None, :]
+        mask = exists[:, None] & (column < D)
+        g = tl.load(grads + index[:, None] * D + column, mask=mask, other=0.0).to(tl.float32)
         squares += g * g
     total = tl.load(row_sum + row, mask=exists, other=0.0) + tl.sum(squares, axis=1) / D
     tl.store(row_sum + row, total, mask=exists)
-    rate = tl.div_rn(tl.cast(lr, tl.float32), tl.sqrt_rn(total) + eps)[:, None]
-    now = tl.cast(step, tl.int32)
-    owed_decay, _, _ = debt(schedule, then, now - 1, tl.cast(eps, tl.float32))
-    row_decay = (owed_decay * decay)[:, None]
+    row_decay, rate = adagrad_factors(schedule, then, step, total, lr, decay, eps)
     word = row_word(row, seed, step)
     for start in range(0, D, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        mask = exists[:, None] & (column < D)[None, :]
-        at = row[:, None] * D + column[None, :]
-        p = tl.load(values + at, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(grads + index[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        p = p * row_decay - g * rate
-        tl.store(values + at, to_element(p, word[:, None], column[None, :], values.dtype.element_ty), mask=mask)
-    tl.store(last_step + row, now, mask=exists)
+        column = (start + tl.arange(0, COLUMNS))[None, :]
+        mask = exists[:, None] & (column < D)
+        at = row[:, None] * D + column
+        p = tl.load(values + at, mask=mask, other=0.0)
+        g = tl.load(grads + index[:, None] * D + column, mask=mask, other=0.0).to(tl.float32)
+        adagrad_tile(values, at, mask, p, g, word[:, None], column, row_decay[:, None], rate[:, None])
+    tl.store(last_step + row, tl.cast(step, tl.int32), mask=exists)
 
 
 class Power(NamedTuple):
