@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op, infer_schema
+from torch.nn import Parameter
 
-from ultramem.ops.implementation import forced_implementation
+from ultramem.ops.implementation import forced_implementation, runs_triton
 
 
 class _Source:
@@ -48,20 +51,51 @@ class _Source:
         return digest.hexdigest()
 
 
+class TraceableOp:
+    """An op that is its body where nobody would see the op: no gradient to record, nothing that traces or profiles.
+
+    A call through the dispatcher costs 45 us of Python, several times what one token's lookup takes.
+    """
+
+    def __init__(self, op: CustomOpDef, body: Callable[..., Any]) -> None:
+        self.overload, self.body = op._opoverload, body
+        self.register_autograd = op.register_autograd
+
+    def __call__(self, *args: Any) -> Any:
+        if not torch.compiler.is_compiling() and _is_unseen(args):
+            return self.body(*args)
+        return self.overload(*args)
+
+
+def _is_unseen(args: tuple[Any, ...]) -> bool:
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return (
+        all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._functorch.maybe_current_level()
+        and not torch.autograd.profiler._is_profiler_enabled
+        and not torch._C._get_tracing_state()
+    )
+
+
 def traceable_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register `fn` as op `name`, keep it whole in `torch.export`, inline it in `torch.compile` and AOTInductor.
 
     `fn` must be made of PyTorch operators and of Triton kernels wrapped by `torch.library.wrap_triton`; it serves as
-    its own fake kernel.
+    its own fake kernel. Its first argument is the tensor that decides on the implementation.
     """
 
     def register(fn: Callable[..., Any]) -> Any:
-        def eager(*args: Any, **kwargs: Any) -> Any:
+        def eager(*args: Any) -> Any:
+            if not runs_triton(args[0]):
+                return fn(*args)
             # Kernel launches on real tensors need not go through the higher-order op, which costs about 1 ms each.
             from torch._library.triton import set_wrap_triton_enabled
 
             with set_wrap_triton_enabled(False):
-                return fn(*args, **kwargs)
+                return fn(*args)
 
         op = custom_op(name, eager, mutates_args=(), schema=infer_schema(fn, mutates_args=()))
         op.register_fake(fn)
@@ -81,7 +115,7 @@ def traceable_op(name: str) -> Callable[[Callable[..., Any]], Any]:
         from torch._library.triton import triton_ops_to_kernels
 
         triton_ops_to_kernels[name] = [_Source(fn)]
-        return op
+        return TraceableOp(op, eager)
 
     return register
 
