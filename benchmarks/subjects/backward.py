@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812  # the name that everybody uses
 from torch import Tensor
 
 from benchmarks.harness.check import require_as_exact_as_eager
-from benchmarks.harness.contender import Case, Contender, Floor, Role, WrongResultError
+from benchmarks.harness.contender import Case, Contender, Floor, Role, UnavailableError, WrongResultError
 from benchmarks.harness.row import Goal, Row, Suite
 from benchmarks.subjects.lookup import Inputs, Problem, gather_einsum, pool_bags, require_gathered
 from benchmarks.subjects.shapes import BASE_GB, compiled, gathered_gb, table_gb
@@ -111,6 +111,8 @@ def build(row: Row, device: torch.device) -> Case:
         return contender("ours" if sparse else "yardstick", settings, forward)
 
     def bag(table: Tensor, inputs: Inputs, *, sparse: bool) -> Tensor:
+        if table.is_cuda and table.dtype == torch.bfloat16:
+            raise UnavailableError("embedding_bag has no gradient of bfloat16 weights on CUDA")
         core_table = table if table.shape == core_shape else table.view(core_shape)  # a sparse gradient has no views
         return problem.unbag(pool_bags(core_table, problem.bags(inputs), sparse=sparse))
 

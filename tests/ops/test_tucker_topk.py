@@ -59,7 +59,9 @@ def test_value_and_gradients_equal_the_oracle(
     eager = value_and_gradients(scores_at(expected.addresses, n), as_eager(inputs), grad)
     actual = value_and_gradients(lambda *x: tucker_topk(*x, *pair, k, candidates=candidates).scores, inputs, grad)
     torch.testing.assert_close(exact[0], expected.scores)
-    assert_as_exact_as_eager(NAMES, actual, eager, exact)
+    assert_as_exact_as_eager(NAMES[:3], actual[:3], eager[:3], exact[:3])
+    # A core's gradient adds up products that cancel: it is smaller than what is rounded on the way.
+    assert_as_exact_as_eager(NAMES[3:], actual[3:], eager[3:], exact[3:], lost_bits=2)
 
 
 @pytest.mark.parametrize("candidates", RULES)
