@@ -10,8 +10,9 @@ Microseconds on an H100 (bfloat16, the 1.6B row: 84 slots, 1024 columns, 4 block
 | 4096 | 275 | 270 | |
 | 16384 | 1062 | 1037 | |
 
-Uniform indices, so that memory sets the pace. Where most rows come from L2 (65536 tokens by Zipf's law), the rows' kernel
-takes 2707 us and is bound by its instructions; products have 40 % fewer, by the cubins, and were not measured there.
+Uniform indices, so that memory sets the pace. Where most rows come from L2 (65536 tokens by Zipf's law), the rows'
+kernel takes 2707 us and is bound by its instructions; products have 40 % fewer, by the cubins, and were not measured
+there.
 """
 
 from __future__ import annotations
