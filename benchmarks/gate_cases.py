@@ -97,10 +97,12 @@ class Case:
     capability: int
 
 
-def row_loads(launch: dict[str, Any], dtype: str, *, tiles: int = 1, rows: int | None = None) -> int:
-    """Loads of 16 bytes a lane in `tiles` tiles of `rows` (default: SLOTS) rows of COLUMNS elements."""
+def row_loads(
+    launch: dict[str, Any], dtype: str, *, tiles: int = 1, rows: int | None = None, columns: int | None = None
+) -> int:
+    """Loads of 16 bytes a lane in `tiles` tiles of `rows` (default: SLOTS) rows of the `columns` (all) that exist."""
     lanes = launch["num_warps"] * THREADS_PER_WARP
-    elements = (launch["SLOTS"] if rows is None else rows) * launch["COLUMNS"]
+    elements = (launch["SLOTS"] if rows is None else rows) * min(launch["COLUMNS"], columns or launch["COLUMNS"])
     return int(tiles * elements * ITEMSIZE[dtype] // (lanes * WIDEST_ACCESS_BYTES))
 
 
@@ -171,7 +173,11 @@ def lookup_reduce_backward_variants(size: Size, dtype: str) -> Iterator[Variant]
             {"grad": x, "values": x, "scores": x, "keys": "*i32", "order": "*i64", **written}
             | {"grad_scores": x, "parts": "*fp32", **counts},
             launch,
-            Budget(wide_loads=row_loads(launch, dtype, tiles=1 + need_scores), registers=160, barriers_in_loop=0),
+            Budget(
+                wide_loads=row_loads(launch, dtype, tiles=1 + need_scores, columns=d // CORES),
+                registers=160,
+                barriers_in_loop=0,
+            ),
         )
     combine = row_gradient.combine_launch(d, BLOCKS, 64)
     yield Variant(
@@ -189,7 +195,7 @@ def lookup_reduce_backward_variants(size: Size, dtype: str) -> Iterator[Variant]
             {"grad": x, "values": x, "indices": "*i64", "grad_scores": x, "N": "i32", "K": "i32"},
             launch,
             # A tile's sums leave through shared memory; a program is one warp, which waits for nobody.
-            Budget(wide_loads=row_loads(launch, dtype, tiles=2), registers=128, barriers_in_loop=1),
+            Budget(wide_loads=row_loads(launch, dtype, tiles=2), registers=168, barriers_in_loop=1),
         )
     if dtype == "bf16":  # indices have one dtype
         yield Variant(
@@ -254,7 +260,7 @@ def _select(name: str, tokens: str, n: int, r: int, c: int, m: int, candidates: 
         select.topk_kernel,
         {**types, "addresses": "*i64", "H": "i32"},
         launch,
-        Budget(wide_loads=launch["UNROLL"] * r, registers=128),
+        Budget(wide_loads=launch["UNROLL"] * r, registers=192),
     )
 
 

@@ -38,10 +38,9 @@ from ultramem.ops.triton.select_two_launches import num_tails, tail_size
 # One launch serves what fits: a group is one thread's, and a bit of 64 marks each of its keys.
 MAX_K = 64
 MAX_N = 8192
+WIDE_N = 4096
 LOAD_BYTES = 16
 MIN_GROUPS = 64
-# Loads of a round that are in flight together, each of R * 16 bytes a lane.
-UNROLL = 8
 # Cells are dealt out in blocks that have one cell for each group: rows (of blocks) below.
 BLOCK_COLUMNS = {64: 8, 128: 16}
 # Shifts between blocks. Good cells lie along the first rows and columns, K / i of them in the i-th best row, so equal
@@ -50,8 +49,6 @@ ROW_SHIFT, COLUMN_SHIFT = 3, 7
 # The shortlist holds this many times the keys that are expected to reach the floor: 3 to 6 standard deviations more.
 SHORTLIST_ROOM = 1.2
 MIN_SLOTS = 32
-# Comparisons of a thread that are counted at once when a shortlist is ranked.
-COMPARISONS = 8
 # Maxima span about 2^24 ordered integers, a few octaves of floats: 12 bits tell them apart to a thousandth.
 FLOOR_BITS = 12
 # Measured on an H100 at the 1.6B size: 64 tokens take 14 us in 8 warps a pair and 32 us in 4, 4096 take 495 and 347 us.
@@ -380,6 +377,16 @@ def topk_kernel(
         tl.store(scores + out * C + c, total.to(scores.dtype.element_ty), mask=rank < K)
 
 
+def in_flight(n: int, *, tails: int, additive: bool, few: bool) -> tuple[int, int]:
+    """Loads of a round that are in flight together, each of R * 16 bytes a lane, and comparisons of a thread at once.
+
+    As many as registers hold on every architecture of the static table, by what ptxas made of the candidates.
+    """
+    if n > WIDE_N:
+        return (2, 8) if tails == 1 else (4, 4)
+    return (2, 8) if additive and few else (8, 8)
+
+
 def topk_launch(
     tokens: Any, n: int, r: int, c: int, k: int, *, candidates: str, additive: bool, itemsize: int
 ) -> dict[str, Any]:
@@ -392,7 +399,9 @@ def topk_launch(
     slots = max(MIN_SLOTS, next_power_of_2(math.ceil(SHORTLIST_ROOM * expected)))
     columns = BLOCK_COLUMNS[groups]
     # A thread for each group of both sides where programs leave processors idle, half as many where they do not.
-    warps = 2 * groups // (32 if statically_known_true(tokens <= FEW_TOKENS) else 64)
+    few = statically_known_true(tokens <= FEW_TOKENS)
+    warps = 2 * groups // (32 if few else 64)
+    loads, comparisons = in_flight(n, tails=tails, additive=additive, few=few)
     return {
         "N": n,
         "R": r,
@@ -405,9 +414,9 @@ def topk_launch(
         "GROUPS": groups,
         "VECTOR": vector,
         "CHUNKS": chunks,
-        "UNROLL": cdiv(chunks, cdiv(chunks, UNROLL)),
+        "UNROLL": cdiv(chunks, cdiv(chunks, loads)),
         "SLOTS": slots,
-        "RIVALS": min(slots, COMPARISONS * 32 * warps // (2 * tails * slots)),
+        "RIVALS": min(slots, comparisons * 32 * warps // (2 * tails * slots)),
         "FLOOR_BITS": FLOOR_BITS,
         "DOWN": tails * cdiv(size, 2 * groups // columns),
         "RIGHT": cdiv(size, columns),

@@ -31,7 +31,7 @@ SIDE_MAX_WARPS = 16
 # Cells a thread holds in the grid kernel. A cell costs a key, an address and its offsets: 8 cells take about 60
 # registers for k = 42 (1764 cells, padded to 2048).
 CELLS_PER_THREAD = 8
-GRID_MAX_WARPS = 8
+GRID_MAX_WARPS = 16
 # The largest tensor of Triton has 2^20 elements, and selection holds the k * k candidates in one.
 MAX_K = 1024
 
