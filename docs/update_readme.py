@@ -1,4 +1,7 @@
-"""Write the demo's table in README.md from docs/demo/summary.json: no figure in the README is typed by hand."""
+"""Write the README's tables from committed results: no figure there is typed by hand.
+
+The demo's comes from docs/demo/summary.json, that of a GPU from its file in benchmarks/results.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- demo table: python docs/update_readme.py writes it from docs/demo/summary.json -->\n"
 END = "<!-- end of demo table -->\n"
+GPU_RESULTS = ROOT / "benchmarks/results/gpu-nvidia-h100-80gb-hbm3.json"
+GPU_BEGIN = "<!-- GPU table: python docs/update_readme.py writes it from benchmarks/results -->\n"
+GPU_END = "<!-- end of GPU table -->\n"
+GPU_ROWS = {
+    "lookup, 1 token": "lookup/1.6b/T=1/uniform/bfloat16",
+    "lookup, 64 tokens": "lookup/1.6b/T=64/uniform/bfloat16",
+    "lookup, 4096 tokens": "lookup/1.6b/T=4096/uniform/bfloat16",
+    "its backward with values, 4096 tokens": "backward/1.6b/T=4096/uniform/bfloat16",
+    "selection, 4096 tokens": "select/1.6b/T=4096/bfloat16",
+    "the whole layer, 64 tokens": "layer/1.6b/T=64/bfloat16",
+}
 
 
 def demo_table(summary: dict[str, Any]) -> str:
@@ -45,14 +59,39 @@ def _milliseconds(time_us: float | None) -> str:
     return "" if time_us is None else f"{time_us / 1e3:.2f} ms"
 
 
-def updated(readme: str, summary: dict[str, Any]) -> str:
-    """`readme` with the table of `summary` between its markers."""
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+def gpu_table(results: dict[str, Any]) -> str:
+    """Microseconds of ours, of the floor and of the best rival, and the device under it."""
+    rows = {row["row"]: row for row in results["rows"]}
+    lines = ["| | ours | floor | best rival |", "| --- | ---: | ---: | ---: |"]
+    for label, name in GPU_ROWS.items():
+        measured = [c for c in rows[name]["contenders"] if "median_us" in c]
+        ours = next(c for c in measured if c["role"] == "ours")
+        rival = min((c for c in measured if c["role"] == "peer"), key=lambda c: c["median_us"])
+        cells = [label, _microseconds(ours["median_us"]), _microseconds(rows[name]["floor"]["us"])]
+        lines.append(f"| {' | '.join(cells)} | {_microseconds(rival['median_us'])}, {rival['name']} |")
+    machine = rows[name]["machine"]
+    versions = f"PyTorch {machine['versions']['torch']}, Triton {machine['versions']['triton']}"
+    return "\n".join(lines) + f"\n\nMedians in microseconds on one {machine['device']}, bfloat16; {versions}.\n"
+
+
+def _microseconds(time_us: float) -> str:
+    return f"{time_us:.1f}" if time_us < 100 else f"{time_us:.0f}"
+
+
+def updated(readme: str, summary: dict[str, Any], gpu_results: dict[str, Any]) -> str:
+    """`readme` with both tables between their markers."""
+    readme = _between(readme, BEGIN, demo_table(summary), END)
+    return _between(readme, GPU_BEGIN, gpu_table(gpu_results), GPU_END)
+
+
+def _between(readme: str, begin: str, table: str, end: str) -> str:
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(readme):
-        raise ValueError("README.md has lost the markers of the demo table")
-    return pattern.sub(lambda _: BEGIN + "\n" + demo_table(summary) + "\n" + END, readme)
+        raise ValueError(f"README.md has lost {begin.strip()} or {end.strip()}")
+    return pattern.sub(lambda _: f"{begin}\n{table}\n{end}", readme)
 
 
 if __name__ == "__main__":
     path = ROOT / "README.md"
-    path.write_text(updated(path.read_text(), json.loads((ROOT / "docs/demo/summary.json").read_text())))
+    summary = json.loads((ROOT / "docs/demo/summary.json").read_text())
+    path.write_text(updated(path.read_text(), summary, json.loads(GPU_RESULTS.read_text())))
