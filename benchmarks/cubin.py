@@ -84,7 +84,7 @@ def read_resources(usage: str) -> dict[str, int]:
 def wide_share(accesses: dict[int, int]) -> float:
     """Share of 16-byte accesses in the bytes of one execution of each; 1 where there is none."""
     total = sum(width * count for width, count in accesses.items())
-    return round(WIDEST_ACCESS_BYTES * accesses.get(WIDEST_ACCESS_BYTES, 0) / total, 3) if total else 1.0
+    return round(WIDEST_ACCESS_BYTES * accesses.get(WIDEST_ACCESS_BYTES, 0) / total, 2) if total else 1.0
 
 
 def in_loops(code: list[Instruction]) -> set[int]:

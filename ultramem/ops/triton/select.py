@@ -8,8 +8,8 @@ Rows, columns and cells are selected alike, in rounds that look at all keys of a
 0. The maximum of each group. The K-th largest maximum is a floor that K keys reach, and of keys in no particular order
    hardly more do (51 on average for K = 42 of N = 3584, 44 for the cells).
 1. Which keys reach the floor. They go through scratch memory, where each counts the better ones: its rank.
-2. to 66., where more do than the shortlist holds (many equal keys, or all large keys in one place): the exact threshold
-   by bits, of keys and then of addresses.
+2. to 66., where more do than the shortlist holds (one list in some thousands; many equal keys, or all large keys in one
+   place): a higher threshold by bits, of keys and then of addresses, until few enough reach it.
 
 Scores are read again in each round, from L1 after the first: keys that stay in registers would leave room for a quarter
 of the programs.
@@ -51,6 +51,8 @@ SHORTLIST_ROOM = 1.2
 MIN_SLOTS = 32
 # Maxima span about 2^24 ordered integers, a few octaves of floats: 12 bits tell them apart to a thousandth.
 FLOOR_BITS = 12
+# The two of every list, one a bit of a packed key, and one that tries the limit itself.
+ROUNDS = tl.constexpr(67)
 # Measured on an H100 at the 1.6B size: 64 tokens take 14 us in 8 warps a pair and 32 us in 4, 4096 take 495 and 347 us.
 FEW_TOKENS = 128
 
@@ -80,11 +82,20 @@ def _floor(best, M: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _candidate(limit, round):
+def _highest_bit(word):
+    """Number of the highest bit of 32 that is set, 0 for none."""
+    high = word >> 16
+    # Halves are exact as floats, whose exponent is the number.
+    upper = (high.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 111
+    lower = ((word & 65535).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+    return tl.maximum(tl.where(high != 0, upper, lower), 0)
+
+
+@triton.jit
+def _candidate(limit, bit, settled, round):
     """[L]: the packed key that a round tries: the limit, and in the search for the threshold one bit more."""
-    bit = tl.minimum(tl.maximum(65 - round, 0), 63).to(tl.uint64)
-    unit = tl.full([], 1, tl.uint64) << bit
-    return limit | tl.where((round >= 2) & (round <= 65), unit, 0)
+    unit = tl.full([], 1, tl.uint64) << tl.maximum(bit, 0).to(tl.uint64)
+    return limit | tl.where((round >= 2) & (bit >= 0) & (settled == 0), unit, 0)
 
 
 @triton.jit
@@ -96,17 +107,31 @@ def _reaches(key, candidate, address, base):
 
 
 @triton.jit
-def _next_round(round, limit, candidate, best, marks, M: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr):
-    """The next round and its limit [L], from the maxima [L,G] and the marks of the keys that reach the candidate."""
+def _next_round(
+    round, limit, bit, settled, candidate, best, marks, M: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr
+):
+    """The next round and the state of each list [L], from the maxima [L,G] and the marks of what reaches the candidate.
+
+    A list is settled once at least M and at most SLOTS of its keys reach its limit. Between the floor and the highest
+    key the threshold has the bits that they share; the search begins with the first that they do not.
+    """
     count = tl.sum(_num_marks(marks), 1)
     if round == 0:
-        limit = _floor(best, M, BITS).to(tl.uint64) << 32
-    elif round == 1:
-        limit = tl.zeros_like(limit)
+        floor = _floor(best, M, BITS)
+        limit = floor.to(tl.uint64) << 32
+        apart = floor ^ tl.max(best, 1)
+        bit = tl.where(apart == 0, 31, 32 + _highest_bit(apart))
     else:
-        limit = tl.where(count >= M, candidate, limit)
-    fits = (round == 1) & (tl.max(count) <= SLOTS) & (tl.min(count) >= M)
-    return tl.where(fits, 67, round + 1), limit
+        enough = count >= M
+        if round == 1:
+            bit = tl.where(enough, bit, 63)  # less than M groups have a key: the floor is none
+            shared = limit >> bit.to(tl.uint64) >> 1 << bit.to(tl.uint64) << 1
+            limit = tl.where(enough, tl.where(count <= SLOTS, limit, shared), 0)
+        else:
+            limit = tl.where(enough, candidate, limit)
+            bit -= 1
+        settled |= (enough & (count <= SLOTS)).to(tl.int32)
+    return tl.where(tl.min(settled) == 1, ROUNDS, round + 1), limit, bit, settled
 
 
 @triton.jit
@@ -235,10 +260,12 @@ def topk_kernel(
     for tail in range(TAILS):
         flip = tl.where(tail == 1, 0xFFFFFFFF, 0).to(tl.uint32)  # the smallest are the largest of the complement
         limit = tl.zeros([2], tl.uint64)
+        bit = tl.zeros([2], tl.int32)
+        settled = tl.zeros([2], tl.int32)
         marks = tl.zeros([2, GROUPS], MARKS)
         round = 0
-        while round < 67:
-            candidate = _candidate(limit, round)
+        while round < ROUNDS:
+            candidate = _candidate(limit, bit, settled, round)
             best = tl.zeros([2, GROUPS], tl.uint32)
             marks = tl.zeros([2, GROUPS], MARKS)
             for first in range(0, CHUNKS, UNROLL):
@@ -260,9 +287,11 @@ def topk_kernel(
                     key = tl.where(i < N, tl.maximum(ordered_key(x) ^ flip, 1), 0)
                     best = tl.maximum(best, tl.max(key, 2))
                     reached = _reaches(key, candidate[:, None, None], place, (group * VECTOR)[:, :, None])
-                    bit = tl.full([], 1, MARKS) << (chunk * VECTOR + lane).to(MARKS)
-                    marks += tl.sum(tl.where(reached, bit, 0), 2)
-            round, limit = _next_round(round, limit, candidate, best, marks, S, SLOTS, FLOOR_BITS)
+                    mark_bit = tl.full([], 1, MARKS) << (chunk * VECTOR + lane).to(MARKS)
+                    marks += tl.sum(tl.where(reached, mark_bit, 0), 2)
+            round, limit, bit, settled = _next_round(
+                round, limit, bit, settled, candidate, best, marks, S, SLOTS, FLOOR_BITS
+            )
         count = _num_marks(marks)
         to = found + (tail * 2 + side) * SLOTS + tl.cumsum(count, 1) - count
         for e in range(tl.max(count)):
@@ -310,10 +339,12 @@ def topk_kernel(
     half = tl.arange(0, 2 * GROUPS)[None, :] // GROUPS
     group = tl.arange(0, 2 * GROUPS)[None, :] % GROUPS
     limit = tl.zeros([1], tl.uint64)
+    bit = tl.zeros([1], tl.int32)
+    settled = tl.zeros([1], tl.int32)
     marks = tl.zeros([1, 2 * GROUPS], CELL_MARKS)
     round = 0
-    while round < 67:
-        candidate = _candidate(limit, round)
+    while round < ROUNDS:
+        candidate = _candidate(limit, bit, settled, round)
         best = tl.zeros([1, 2 * GROUPS], tl.uint32)
         marks = tl.zeros([1, 2 * GROUPS], CELL_MARKS)
         for down in range(DOWN):
@@ -340,7 +371,9 @@ def topk_kernel(
                 place = _position(row_at, tied, S, R) * N + _position(col_at, tied, S, R)
                 reached = packed_key(cell_key, place.to(tl.uint32)) >= candidate[:, None]
                 marks += tl.where(reached, tl.full([], 1, CELL_MARKS) << (down * RIGHT + right), 0)
-        round, limit = _next_round(round, limit, candidate, best, marks, K, SLOTS, FLOOR_BITS)
+        round, limit, bit, settled = _next_round(
+            round, limit, bit, settled, candidate, best, marks, K, SLOTS, FLOOR_BITS
+        )
     count = _num_marks(marks)
     to = found + LISTS * SLOTS + tl.cumsum(count, 1) - count
     for e in range(tl.max(count)):
@@ -382,9 +415,9 @@ def in_flight(n: int, *, tails: int, additive: bool, few: bool) -> tuple[int, in
 
     As many as registers hold on every architecture of the static table, by what ptxas made of the candidates.
     """
-    if n > WIDE_N:
-        return (2, 8) if tails == 1 else (4, 4)
-    return (2, 8) if additive and few else (8, 8)
+    if n > WIDE_N and tails == 2:
+        return 4, 4
+    return (2, 8) if few and (additive or n > WIDE_N) else (8, 8)
 
 
 def topk_launch(
