@@ -108,7 +108,17 @@ def _reaches(key, candidate, address, base):
 
 @triton.jit
 def _next_round(
-    round, limit, bit, settled, candidate, best, marks, M: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr
+    round,
+    limit,
+    bit,
+    settled,
+    candidate,
+    best,
+    marks,
+    M: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BITS: tl.constexpr,
+    ADDRESS_BITS: tl.constexpr,
 ):
     """The next round and the state of each list [L], from the maxima [L,G] and the marks of what reaches the candidate.
 
@@ -131,6 +141,10 @@ def _next_round(
             limit = tl.where(enough, candidate, limit)
             bit -= 1
         settled |= (enough & (count <= SLOTS)).to(tl.int32)
+        # The complements of addresses below 2^ADDRESS_BITS begin alike.
+        at_addresses = (bit == 31) & (settled == 0)
+        limit |= tl.where(at_addresses, (0xFFFFFFFF >> ADDRESS_BITS) << ADDRESS_BITS, 0).to(tl.uint64)
+        bit = tl.where(at_addresses, ADDRESS_BITS - 1, bit)
     return tl.where(tl.min(settled) == 1, ROUNDS, round + 1), limit, bit, settled
 
 
@@ -223,6 +237,7 @@ def topk_kernel(
     SLOTS: tl.constexpr,
     RIVALS: tl.constexpr,
     FLOOR_BITS: tl.constexpr,
+    SIDE_BITS: tl.constexpr,
     DOWN: tl.constexpr,
     RIGHT: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -290,7 +305,7 @@ def topk_kernel(
                     mark_bit = tl.full([], 1, MARKS) << (chunk * VECTOR + lane).to(MARKS)
                     marks += tl.sum(tl.where(reached, mark_bit, 0), 2)
             round, limit, bit, settled = _next_round(
-                round, limit, bit, settled, candidate, best, marks, S, SLOTS, FLOOR_BITS
+                round, limit, bit, settled, candidate, best, marks, S, SLOTS, FLOOR_BITS, SIDE_BITS
             )
         count = _num_marks(marks)
         to = found + (tail * 2 + side) * SLOTS + tl.cumsum(count, 1) - count
@@ -372,7 +387,7 @@ def topk_kernel(
                 reached = packed_key(cell_key, place.to(tl.uint32)) >= candidate[:, None]
                 marks += tl.where(reached, tl.full([], 1, CELL_MARKS) << (down * RIGHT + right), 0)
         round, limit, bit, settled = _next_round(
-            round, limit, bit, settled, candidate, best, marks, K, SLOTS, FLOOR_BITS
+            round, limit, bit, settled, candidate, best, marks, K, SLOTS, FLOOR_BITS, 2 * SIDE_BITS
         )
     count = _num_marks(marks)
     to = found + LISTS * SLOTS + tl.cumsum(count, 1) - count
@@ -451,6 +466,7 @@ def topk_launch(
         "SLOTS": slots,
         "RIVALS": min(slots, comparisons * 32 * warps // (2 * tails * slots)),
         "FLOOR_BITS": FLOOR_BITS,
+        "SIDE_BITS": max(1, (n - 1).bit_length()),
         "DOWN": tails * cdiv(size, 2 * groups // columns),
         "RIGHT": cdiv(size, columns),
         "BLOCK_COLUMNS": columns,
