@@ -430,9 +430,9 @@ def in_flight(n: int, *, tails: int, additive: bool, few: bool) -> tuple[int, in
 
     As many as registers hold on every architecture of the static table, by what ptxas made of the candidates.
     """
-    if n > WIDE_N and tails == 2:
-        return 4, 4
-    return (2, 8) if few and (additive or n > WIDE_N) else (8, 8)
+    if n > WIDE_N:
+        return {1: (2, 8), 2: (4, 8)}[tails] if few else {1: (8, 8), 2: (3, 8)}[tails]
+    return (2, 8) if additive and few else (8, 8)
 
 
 def topk_launch(
