@@ -82,7 +82,7 @@ def read_resources(usage: str) -> dict[str, int]:
 
 
 def wide_share(accesses: dict[int, int]) -> float:
-    """Share of 16-byte accesses in the bytes of one execution of each; 1 where there is none."""
+    """Share of 16-byte accesses in the bytes of one execution of each, to a hundredth; 1 where there is none."""
     total = sum(width * count for width, count in accesses.items())
     return round(WIDEST_ACCESS_BYTES * accesses.get(WIDEST_ACCESS_BYTES, 0) / total, 2) if total else 1.0
 
