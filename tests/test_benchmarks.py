@@ -129,6 +129,7 @@ class FakeCuda:
     @classmethod
     def install(cls, monkeypatch):
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
         monkeypatch.setattr(torch.cuda, "current_stream", cls._Stream)
         for name in ("stream", "graph"):
             monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
