@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.check import require_as_exact_as_eager
-from benchmarks.harness.contender import Case, Contender, Floor, Role
+from benchmarks.harness.contender import Case, Contender, Floor, Role, WrongResultError
 from benchmarks.harness.row import Goal, Row, Suite
 from benchmarks.subjects.shapes import BASE_GB, SIZES, compiled, dtype_of, size_of
 from ultramem.graph.singular import leading_singular_pair
@@ -188,12 +188,19 @@ def key_scores(problem: Problem, query_2TK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_key_scores(problem: Problem, query_2TK: Tensor, scores: tuple[Tensor, Tensor]) -> None:
+    """Against float64: a product may round once to its dtype, and lose eps * sqrt(K) of the largest on the way.
+
+    Raises:
+        WrongResultError: it loses more.
+    """
     few = query_2TK[:, :CHECKED_TOKENS]
     for side in (0, 1):
-        keys = problem.keys_2HRNK[side]
-        exact = torch.einsum("tk,hrnk->thrn", few[side].double(), keys.double())
-        eager = torch.einsum("tk,hrnk->thrn", few[side], keys)
-        require_as_exact_as_eager("key scores", scores[side][:CHECKED_TOKENS], eager, exact)
+        exact = torch.einsum("tk,hrnk->thrn", few[side].double(), problem.keys_2HRNK[side].double())
+        error = (scores[side][:CHECKED_TOKENS].double() - exact).abs().max().item()
+        summing = torch.finfo(torch.float32).eps * problem.size.key_dim**0.5
+        allowed = (torch.finfo(problem.dtype).eps + summing) * exact.abs().max().item()
+        if not error <= allowed:
+            raise WrongResultError(f"key scores differ from float64 by {error:.3g}, accepted {allowed:.3g}")
 
 
 def top_of_sides(problem: Problem, sides: Sides) -> tuple[Tensor, Tensor]:
