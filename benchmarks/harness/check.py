@@ -12,8 +12,10 @@ from benchmarks.harness.contender import WrongResultError
 FACTOR = 4.0
 
 
-def require_as_exact_as_eager(name: str, actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+def require_as_exact_as_eager(name: str, actual: Tensor, eager: Tensor, exact: Tensor, *, lost_bits: int = 0) -> None:
     """Every element is as near to `exact` (float64) as FACTOR times the worst of `eager`, or one rounding.
+
+    A kernel whose method costs bits of the mantissa says how many: `lost_bits`.
 
     Raises:
         WrongResultError: it is not.
@@ -22,7 +24,7 @@ def require_as_exact_as_eager(name: str, actual: Tensor, eager: Tensor, exact: T
         raise WrongResultError(f"{name} has shape {tuple(actual.shape)}, the oracle {tuple(exact.shape)}")
     error = _largest(actual.double() - exact)
     rounding = torch.finfo(actual.dtype).eps * _largest(exact)
-    allowed = FACTOR * _largest(eager.double() - exact) + rounding
+    allowed = (FACTOR * _largest(eager.double() - exact) + rounding) * 2**lost_bits
     if not error <= allowed:  # a NaN is not
         raise WrongResultError(f"{name} differs from float64 by {error:.3g}, accepted {allowed:.3g}")
 
