@@ -7,7 +7,7 @@ Needs torch, triton and pytest, and nothing else: no installation, no network. T
 several processes; then benchmark rows, the most important first, each in a process with its own time limit, so that a
 crash loses one row. Some rows are prepared beside each other; what is timed has the device to itself. What has not
 ended by the deadline is recorded as not run. The results are one JSON file, named after the device, in $OUT or else in
-benchmarks/results; it is complete after every row.
+benchmarks/results; it is complete after every row. What tests that failed printed is in a .log file beside it.
 
 Ends 1 if a test failed, a result was refused or a row was lost.
 """
@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from benchmarks.harness.results import Results
 from benchmarks.harness.row import selected
 from benchmarks.harness.scheduler import LostError, Plan, probe_machine, run_rows, run_within
-from benchmarks.harness.source import ROOT, Source, source
+from benchmarks.harness.source import ROOT, Source, source, without_paths
 from benchmarks.harness.table import goals_table
 
 MINUTES = 9.0
@@ -43,7 +43,6 @@ TEST_FILES = ("tests/ops", "tests/optim")
 REHEARSED_TESTS = ("tests/ops/test_permute_addresses.py",)  # CI runs all of them anyway
 SHARD_BYTES = 6000  # of a test file: a longer one is run by several processes
 NOTHING_SELECTED = 5  # pytest's exit status
-LOG_CHARS = 20_000  # of what the tests of a file printed, kept where one failed
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -70,15 +69,15 @@ def shards_of_tests(wanted: Sequence[str] = (), *, dry_run: bool) -> list[Shard]
     ]
 
 
-def run_tests(shards: Sequence[Shard], *, limit_s: float, dry_run: bool) -> list[dict[str, Any]]:
-    """Counts of each, run side by side."""
+def run_tests(shards: Sequence[Shard], logs: Path, *, limit_s: float, dry_run: bool) -> list[dict[str, Any]]:
+    """Counts of each, run side by side; what those that did not pass printed is appended to `logs`."""
     workers = max(1, min(len(shards), os.cpu_count() or 1))
     deadline = time.monotonic() + limit_s
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda shard: _run_shard(shard, deadline, dry_run=dry_run), shards))
+        return list(pool.map(lambda shard: _run_shard(shard, logs, deadline, dry_run=dry_run), shards))
 
 
-def _run_shard(shard: Shard, deadline: float, *, dry_run: bool) -> dict[str, Any]:
+def _run_shard(shard: Shard, logs: Path, deadline: float, *, dry_run: bool) -> dict[str, Any]:
     about = {"file": shard.file} | ({"shard": f"{shard.number}/{shard.parts}"} if shard.parts > 1 else {})
     left_s = deadline - time.monotonic()
     if left_s <= 0:
@@ -100,19 +99,23 @@ def _run_shard(shard: Shard, deadline: float, *, dry_run: bool) -> dict[str, Any
             suite = ElementTree.parse(report).getroot().find("testsuite")
             counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
             failed = [
-                f"{case.get('classname')}::{case.get('name')}"
+                {
+                    "test": f"{case.get('classname')}::{case.get('name')}",
+                    "message": without_paths(why.get("message", "")),
+                }
                 for case in suite.iter("testcase")
-                if case.find("failure") is not None or case.find("error") is not None
+                for why in (*case.iter("failure"), *case.iter("error"))
             ]
-            bad = counts["failures"] + counts["errors"]
-            found = about | {"status": "failed" if bad else "passed", "seconds": seconds, **counts}
-            found["failed"] = failed
+            found = about | {"status": "failed" if failed else "passed", "seconds": seconds, **counts, "failed": failed}
         elif status == NOTHING_SELECTED:
             return about | {"status": "nothing to run"}
         else:
             how = "stopped at its limit" if status is None else f"exit status {status}"
             found = about | {"status": how, "seconds": seconds}
-        return found if found["status"] == "passed" else {**found, "log": log.read_text(errors="replace")[-LOG_CHARS:]}
+        if found["status"] != "passed":
+            with logs.open("a") as kept:  # at once, since others do so too
+                kept.write(log.read_text(errors="replace"))
+        return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,11 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.gpu: the device cannot be measured: {error}", file=sys.stderr)
         return 2
     out = Path(os.environ.get("OUT") or RESULTS) / f"{file_name(probed['device'], dry_run=options.dry_run)}.json"
-    out.unlink(missing_ok=True)  # of an earlier run; this one is whole by itself
+    logs = out.with_suffix(".log")
+    for earlier in (out, logs):  # this run is whole by itself
+        earlier.unlink(missing_ok=True)
     results = Results(out, "gpu", [row.name for row in rows])
     if shards:
         limit_s = min(TESTS_LIMIT_S, plan.deadline - time.monotonic())
-        results.tests = run_tests(shards, limit_s=limit_s, dry_run=options.dry_run)
+        results.tests = run_tests(shards, logs, limit_s=limit_s, dry_run=options.dry_run)
         results.write()
     interrupted = False
     try:

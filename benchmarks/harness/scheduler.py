@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.harness.results import Record, Results
 from benchmarks.harness.row import Row, Suite
-from benchmarks.harness.source import ROOT, Source, source
+from benchmarks.harness.source import ROOT, Source, source, without_paths
 from benchmarks.harness.turns import waited_seconds
 
 PROBE_LIMIT_S = 240.0
@@ -240,7 +240,7 @@ class Worker:
             return record
         else:
             how = _describe(status)
-        tail = self._errors.read_text(errors="replace")[-STDERR_TAIL:].strip()
+        tail = without_paths(self._errors.read_text(errors="replace"))[-STDERR_TAIL:].strip()
         raise LostError(f"{tail}\n{how}".strip())
 
     def stop(self) -> None:

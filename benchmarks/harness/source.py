@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import sys
+import sysconfig
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +29,14 @@ def source(root: Path = ROOT) -> Source:
         return Source("unknown", True)
     paths = [path for path in MEASURED if (root / path).exists()]
     return Source(commit.strip(), bool(_git(root, "status", "--porcelain", "--", *paths, RESULTS)))
+
+
+def without_paths(text: str) -> str:
+    """`text` without the folders of this machine: results are published."""
+    folders = {str(ROOT), tempfile.gettempdir(), sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()}
+    for folder in sorted(folders, key=len, reverse=True):
+        text = re.sub(re.escape(folder) + r"(?![\w.-])/?", "", text)
+    return text
 
 
 def _git(root: Path, *arguments: str) -> str | None:

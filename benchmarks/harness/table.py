@@ -16,7 +16,8 @@ def goals_table(document: Record) -> str:
     lines = []
     for test in document.get("tests", ()):
         if test["status"] not in ("passed", "nothing to run"):
-            lines.append(f"TESTS {test['file']}: {test['status']} {' '.join(test.get('failed', ())[:3])}")
+            names = " ".join(each["test"] for each in test.get("failed", ())[:3])
+            lines.append(f"TESTS {test['file']}: {test['status']} {names}")
     passed = sum(test.get("tests", 0) - test.get("skipped", 0) for test in document.get("tests", ()))
     lines.append(f"{passed} tests ran")
     lines.append(f"{'row':52} {'us':>10} {'floor':>10}  goal")

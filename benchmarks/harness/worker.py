@@ -29,6 +29,7 @@ from benchmarks.harness.goals import evaluate, floor_record
 from benchmarks.harness.launches import count_launches
 from benchmarks.harness.measure import FULL, QUICK, REHEARSAL, Budget, Clock, measure, summary
 from benchmarks.harness.row import Row
+from benchmarks.harness.source import without_paths
 from benchmarks.harness.turns import Turns
 from ultramem.machine import Machine, gemm_flops_per_second, measure_machine
 from ultramem.ops.implementation import runs_native, runs_triton
@@ -197,7 +198,7 @@ def _runs_once(contender: Contender, clock: Clock, record: dict[str, Any]) -> bo
 
 def _failure(error: Exception) -> dict[str, str]:
     traceback.print_exc()
-    return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
+    return {"status": "failed", "reason": without_paths(f"{type(error).__name__}: {error}")[:500]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu
-from benchmarks.harness.source import ROOT
+from benchmarks.harness.source import ROOT, without_paths
 
+FAILING = "def test_wrong():\n    assert 1 == 2\n"
 FILE = "tests/ops/test_permute_addresses.py"
 
 
@@ -45,3 +47,22 @@ def test_tests_that_are_not_there_are_refused(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--tests", "nothing"])
     assert "--tests must name files of tests/ops or tests/optim, got 'nothing'" in capsys.readouterr().err
+
+
+def test_results_hold_no_folder_of_this_machine():
+    library = Path(pytest.__file__)
+    within = library.relative_to(sysconfig.get_path("purelib"))
+    text = without_paths(f'File "{library}", line 3; {ROOT}/tests/x.py; {ROOT}; kept: {ROOT}-2')
+    assert text == f'File "{within}", line 3; tests/x.py; ; kept: {ROOT}-2'
+
+
+def test_a_failing_test_is_named_and_what_it_printed_kept_apart(tmp_path):
+    (tmp_path / "test_failing.py").write_text(FAILING)
+    logs = tmp_path / "tests.log"
+    (record,) = gpu.run_tests([gpu.Shard(str(tmp_path / "test_failing.py"))], logs, limit_s=60, dry_run=True)
+    assert record["status"] == "failed"
+    (named,) = record["failed"]
+    assert named["test"].endswith("::test_wrong")
+    assert "assert 1 == 2" in named["message"]
+    assert "log" not in record
+    assert "1 failed" in logs.read_text()

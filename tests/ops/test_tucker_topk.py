@@ -60,8 +60,9 @@ def test_value_and_gradients_equal_the_oracle(
     actual = value_and_gradients(lambda *x: tucker_topk(*x, *pair, k, candidates=candidates).scores, inputs, grad)
     torch.testing.assert_close(exact[0], expected.scores)
     assert_as_exact_as_eager(NAMES[:3], actual[:3], eager[:3], exact[:3])
-    # A core's gradient adds up products that cancel: it is smaller than what is rounded on the way.
-    assert_as_exact_as_eager(NAMES[3:], actual[3:], eager[3:], exact[3:], lost_bits=2)
+    # A core's gradient adds up products that cancel, on a GPU with other roundings than eager's; seen on an H100.
+    lost_bits = 2 if implementation is Implementation.TRITON and device.type == "cuda" else 0
+    assert_as_exact_as_eager(NAMES[3:], actual[3:], eager[3:], exact[3:], lost_bits=lost_bits)
 
 
 @pytest.mark.parametrize("candidates", RULES)
