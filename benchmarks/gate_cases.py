@@ -116,9 +116,7 @@ def lookup_reduce_variants(size: Size, dtype: str) -> Iterator[Variant]:
     }
     for how, seed in {"": None, " permuted": 0}.items():
         if itemsize == 2:
-            launch = lookup_product.product_launch(
-                k, d, CORES, BLOCKS, columns=64, size=size.side**2, permutation_seed=seed
-            )
+            launch = lookup_product.product_launch(k, d, CORES, BLOCKS, size=size.side**2, permutation_seed=seed)
             yield Variant(
                 f"lookup_reduce product{how}",
                 lookup_product.lookup_product_kernel,
@@ -135,7 +133,7 @@ def lookup_reduce_variants(size: Size, dtype: str) -> Iterator[Variant]:
                 {"values": x, **inputs, **({} if seed is None else {"permuted": "*i64"})},
                 {**launch, "scales": None, **({"permuted": None} if seed is None else {})},
                 # Permuted addresses may cross lanes in a loop of one warp, which waits for nobody.
-                Budget(wide_loads=row_loads(launch, dtype), registers=128, barriers_in_loop=0 if seed is None else 1),
+                Budget(wide_loads=row_loads(launch, dtype), registers=96, barriers_in_loop=0 if seed is None else 1),
             )
     for kind, (bits, words) in quantised.items():
         if itemsize == 2:
@@ -147,7 +145,7 @@ def lookup_reduce_variants(size: Size, dtype: str) -> Iterator[Variant]:
                 lookup_product_quantized.lookup_product_quantized_kernel,
                 {"words": "*i32", "scales": "*fp32", **inputs},
                 launch,
-                Budget(wide_loads=row_loads(launch, "fp32"), registers=128, barriers_in_loop=0),
+                Budget(wide_loads=row_loads(launch, "fp32"), registers=96, barriers_in_loop=0),
             )
         for build in dispatch.TILES:
             name, tile = build.__name__.removesuffix("_tokens"), build(words)
@@ -157,7 +155,7 @@ def lookup_reduce_variants(size: Size, dtype: str) -> Iterator[Variant]:
                 lookup_reduce_quantized.lookup_reduce_quantized_kernel,
                 {"words": "*i32", "scales": "*fp32", **inputs, "permuted": "*i64"},
                 {**launch, "BITS": bits, "WORD": 8 * words.itemsize},
-                Budget(wide_loads=row_loads(launch, "fp32"), registers=168, barriers_in_loop=1),
+                Budget(wide_loads=row_loads(launch, "fp32"), registers=128, barriers_in_loop=1),
             )
 
 
@@ -195,7 +193,11 @@ def lookup_reduce_backward_variants(size: Size, dtype: str) -> Iterator[Variant]
             {"grad": x, "values": x, "indices": "*i64", "grad_scores": x, "N": "i32", "K": "i32"},
             launch,
             # A tile's sums leave through shared memory; a program is one warp, which waits for nobody.
-            Budget(wide_loads=row_loads(launch, dtype, tiles=2), registers=168, barriers_in_loop=1),
+            Budget(
+                wide_loads=row_loads(launch, dtype, tiles=2),
+                registers=128 if name == "few" else 168,
+                barriers_in_loop=1,
+            ),
         )
     if dtype == "bf16":  # indices have one dtype
         yield Variant(

@@ -71,7 +71,9 @@ def gpu_table(results: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} | {_microseconds(rival['median_us'])}, {rival['name']} |")
     machine = rows[name]["machine"]
     versions = f"PyTorch {machine['versions']['torch']}, Triton {machine['versions']['triton']}"
-    return "\n".join(lines) + f"\n\nMedians in microseconds on one {machine['device']}, bfloat16; {versions}.\n"
+    commit = rows[name]["commit"][:12]
+    where = f"Medians in microseconds on one {machine['device']}, bfloat16; {versions}; commit `{commit}`."
+    return "\n".join(lines) + f"\n\n{where}\n"
 
 
 def _microseconds(time_us: float) -> str:

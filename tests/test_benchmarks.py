@@ -129,7 +129,8 @@ class FakeCuda:
     @classmethod
     def install(cls, monkeypatch):
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+        cls.waits = 0
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: setattr(cls, "waits", cls.waits + (cycles > 0)))
         monkeypatch.setattr(torch.cuda, "current_stream", cls._Stream)
         for name in ("stream", "graph"):
             monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
@@ -152,6 +153,7 @@ def test_on_a_gpu_decode_shapes_are_timed_in_a_graph_on_fresh_inputs(monkeypatch
     assert on_gpu.burst(contender, 2) == [2000 / clock.GRAPH_CALLS] * 2
     assert on_gpu.how(contender) == "events, in a CUDA graph"
     assert FakeCuda.replays == 2
+    assert FakeCuda.waits == 2  # so that what the host does before is not in the time
     captured = seen[2:]  # after the warm-up
     assert [int(x) for x in captured] == list(
         range(32, 48)

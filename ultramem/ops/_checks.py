@@ -52,6 +52,17 @@ def require_same_dtype(**tensors: torch.Tensor) -> None:
             raise TypeError(f"{name} must have the dtype of {first_name} ({first.dtype}), got {tensor.dtype}")
 
 
+def require_scores(values_ND: torch.Tensor, scores_TKC: torch.Tensor) -> None:
+    """Raise unless scores of a lookup have a dtype and a number of cores that suit the table."""
+    if scores_TKC.dtype not in (values_ND.dtype, torch.float32):
+        raise TypeError(
+            f"scores_TKC must have dtype torch.float32 or that of values_ND ({values_ND.dtype}), got {scores_TKC.dtype}"
+        )
+    d, c = values_ND.shape[1], scores_TKC.shape[-1]
+    if c < 1 or d % c:
+        raise ValueError(f"scores_TKC must have a number of cores that divides the value dim {d}, got {c}")
+
+
 def require_in_range(name: str, value: torch.Tensor, size: int) -> None:
     """Read `value` on the host; raise unless every element is in [0, size)."""
     outside = value[(value < 0) | (value >= size)]

@@ -258,18 +258,12 @@ def require_lookup(values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, nu
     checks.require_tensor("scores_TKC", scores_TKC, ndim=3, shape="[T,K,C]")
     checks.require_floating("values_ND", values_ND)
     checks.require_int64("indices_TK", indices_TK)
-    if scores_TKC.dtype not in (values_ND.dtype, torch.float32):
-        raise TypeError(
-            f"scores_TKC must have dtype torch.float32 or that of values_ND ({values_ND.dtype}), got {scores_TKC.dtype}"
-        )
+    checks.require_scores(values_ND, scores_TKC)
     t, k = indices_TK.shape
     c = scores_TKC.shape[-1]
     checks.require_shape("scores_TKC", scores_TKC, (t, k, c), "[T,K] of indices_TK, then C")
     checks.require_same_device(values_ND=values_ND, indices_TK=indices_TK, scores_TKC=scores_TKC)
     checks.require_positive("num_blocks", num_blocks)
-    d = values_ND.shape[1]
-    if c < 1 or d % c:
-        raise ValueError(f"scores_TKC must have a number of cores that divides the value dim {d}, got {c}")
 
 
 def lookup_reduce(

@@ -203,15 +203,10 @@ def _require_segments(
     checks.require_tensor("grad_TED", grad_TED, ndim=3, shape="[T,E,D]")
     checks.require_tensor("scores_TKC", scores_TKC, ndim=3, shape="[T,K,C]")
     checks.require_same_dtype(values_ND=values_ND, grad_TED=grad_TED)
-    if scores_TKC.dtype not in (values_ND.dtype, torch.float32):
-        raise TypeError(
-            f"scores_TKC must have dtype torch.float32 or that of values_ND ({values_ND.dtype}), got {scores_TKC.dtype}"
-        )
-    t, k, c = scores_TKC.shape
+    checks.require_scores(values_ND, scores_TKC)
+    t, k, _ = scores_TKC.shape
     (n, d), e = values_ND.shape, grad_TED.shape[1]
     checks.require_shape("grad_TED", grad_TED, (t, e, d), "T of scores_TKC, E, then D of values_ND")
-    if c < 1 or d % c:
-        raise ValueError(f"scores_TKC must have a number of cores that divides the value dim {d}, got {c}")
     for name, tensor in slots._asdict().items():
         checks.require_shape(f"slots.{name}", tensor, (t * k,), "T*K of scores_TKC")
     checks.require_shape("lazy.last_step_N", lazy.last_step_N, (n,), "the rows of values_ND")

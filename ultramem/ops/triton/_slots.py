@@ -29,6 +29,18 @@ def locate(index, exists, first_block, N, GROUP: tl.constexpr):
 
 
 @triton.jit
+def place_of(X: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
+    """Token, core and first column of a program that has COLUMNS of the X columns of one core of one token.
+
+    Programs of a token are neighbours: together they read whole rows, and its indices from L2.
+    """
+    CHUNKS: tl.constexpr = (X + COLUMNS - 1) // COLUMNS
+    program = tl.program_id(0)
+    token = (program // (C * CHUNKS)).to(tl.int64)
+    return token, program // CHUNKS % C, program % CHUNKS * COLUMNS
+
+
+@triton.jit
 def permute_slots(indices, permuted, K, PIECE: tl.constexpr, PERMUTATION: tl.constexpr):
     """Write the permuted addresses of a token's slots, each once a program; all programs write the same ones."""
     for k0 in range(0, K, PIECE):

@@ -1,18 +1,8 @@
-"""Which kernel and tile pool a lookup: picked by shape from measured costs, before the first launch, without tuning.
+"""Which kernel and tile pool a lookup: picked by shape, before the first launch, without tuning.
 
-Microseconds on an H100 (bfloat16, the 1.6B row: 84 slots, 1024 columns, 4 blocks), of the candidates that were left:
-
-| tokens | products, 64 columns | rows, a warp each | rows, four warps |
-| ---: | ---: | ---: | ---: |
-| 1 | 2.7 | 27 | 5.3 |
-| 64 | 7.9 | 29 | 18 |
-| 1024 | 78 | 104 | |
-| 4096 | 275 | 270 | |
-| 16384 | 1062 | 1037 | |
-
-Uniform indices, so that memory sets the pace. Where most rows come from L2 (65536 tokens by Zipf's law), the rows'
-kernel takes 2707 us and is bound by its instructions; products have 40 % fewer, by the cubins, and were not measured
-there.
+The thresholds are what was quickest of the candidates on an H100 at the paper's 151M and 1.6B sizes with uniform
+indices, where memory sets the pace: tensor cores up to some thousand tokens, above that, by a little, a warp that takes
+rows one after the other. `make gpu` measures what is picked.
 """
 
 from __future__ import annotations
@@ -29,34 +19,11 @@ from ultramem.ops.triton._launch import cdiv, next_power_of_2
 LANES = 32
 LOAD_BYTES = 16  # of a lane: the widest load
 WARP_LOAD_BYTES = LANES * LOAD_BYTES
-MOST_PROGRAMS = 32  # of a processor at a time
 FEW_TOKENS = 64  # up to which four warps share a tile of rows
 FEW_TOKENS_WARPS = 4
 FEW_TOKENS_SLOTS = 128
 MAX_GROUP = 4
 PRODUCT_TOKENS = 2048  # up to which tensor cores are the faster way
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Device:
-    """What keeps a GPU's memory busy."""
-
-    processors: int
-    bytes_per_us: float  # of HBM
-    latency_us: float = 0.7  # of a load that misses L2
-
-    @property
-    def bytes_in_flight_needed(self) -> float:
-        """Of a processor, for full bandwidth, by Little's law: 17.8 KB on an H100."""
-        return self.bytes_per_us * self.latency_us / self.processors
-
-
-# By compute capability: A100, H100 SXM, B200.
-DEVICES = {
-    80: Device(processors=108, bytes_per_us=2.0e6),
-    90: Device(processors=132, bytes_per_us=3.35e6),
-    100: Device(processors=148, bytes_per_us=8.0e6),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,24 +41,17 @@ class Lookup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolTile:
-    """Constants of the pooling kernels, and how many of their programs a processor holds."""
+    """Constants of the pooling kernels."""
 
     group: int  # blocks that a program pools
     slots: int  # rows
     columns: int
     at_once: int  # rows that one load of all lanes covers
     warps: int
-    itemsize: int
-    resident: int
 
     @property
     def constants(self) -> dict[str, int]:
         return {"GROUP": self.group, "SLOTS": self.slots, "COLUMNS": self.columns, "AT_ONCE": self.at_once}
-
-    @property
-    def bytes_in_flight(self) -> int:
-        """Bytes of rows under way in a full processor, if half of each tile's loads are."""
-        return self.resident * self.slots * self.columns * self.itemsize // 2
 
 
 def row_columns(lookup: Lookup) -> int:
@@ -106,7 +66,7 @@ def row_columns(lookup: Lookup) -> int:
 
 @cache
 def many_tokens(lookup: Lookup) -> PoolTile:
-    """One warp a program: it waits for no other warp, and 32 of them in 64 registers keep 64 KB in flight."""
+    """One warp a program: it waits for no other warp."""
     columns = row_columns(lookup)
     slots = min(LANES, lookup.row_loads * max(1, WARP_LOAD_BYTES // (columns * lookup.itemsize)))
     return _tile(lookup, slots, columns, warps=1)
@@ -129,8 +89,6 @@ def _tile(lookup: Lookup, slots: int, columns: int, *, warps: int) -> PoolTile:
         columns=columns,
         at_once=at_once,
         warps=warps,
-        itemsize=lookup.itemsize,
-        resident=MOST_PROGRAMS // warps,
     )
 
 

@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ultramem.ops.triton._launch import cdiv, is_interpreted, next_power_of_2
-from ultramem.ops.triton._slots import locate
+from ultramem.ops.triton._slots import locate, place_of
 from ultramem.ops.triton.permute_addresses import permutation_constants, permute
 
 # Rows of the left factor: the least that a tensor core takes, and blocks of a program.
 GROUP = 16
 # Rows of a tile, all under way at once; a token with more slots takes several.
 MAX_SLOTS = 128
+# Columns of a program: 128 bytes of a row.
+COLUMNS = 64
 LEAST = 16  # slots and columns that a tensor core takes
 
 
@@ -51,11 +53,8 @@ def lookup_product_kernel(
     a program, mostly from L1 and L2; E * D * itemsize written.
     """
     X: tl.constexpr = D // C
-    CHUNKS: tl.constexpr = (X + COLUMNS - 1) // COLUMNS
-    program = tl.program_id(0)
-    token = (program // (C * CHUNKS)).to(tl.int64)
-    core = program // CHUNKS % C
-    lane = program % CHUNKS * COLUMNS + tl.arange(0, COLUMNS)
+    token, core, first_column = place_of(X, C, COLUMNS)
+    lane = first_column + tl.arange(0, COLUMNS)
     column = core * X + lane
     inside = lane < X
     first_block = tl.program_id(1) * GROUP
@@ -82,25 +81,37 @@ def lookup_product_kernel(
     tl.store(at, pooled.to(out.dtype.element_ty), mask=written[:, None] & inside[None, :])
 
 
-def product_launch(
-    k: int, d: int, c: int, num_blocks: int, *, columns: int, size: int = 0, permutation_seed: int | None = None
+def tile_width(most: int, columns: int) -> int:
+    """Columns of a program: `most`, or what there is."""
+    return max(LEAST, min(most, next_power_of_2(columns)))
+
+
+def tile_constants(
+    k: int, d: int, c: int, num_blocks: int, *, group: int, size: int, permutation_seed: int | None
 ) -> dict[str, Any]:
-    """Constants and warps of the kernel, for K slots a token of a virtual table of `size` rows."""
+    """What the launches of both kernels share, for K slots a token of a virtual table of `size` rows."""
     slots = min(MAX_SLOTS, max(LEAST, next_power_of_2(k)))
     return {
         "D": d,
         "C": c,
         "E": num_blocks,
-        "GROUP": GROUP,
-        "BLOCKS": min(GROUP, num_blocks),
+        "GROUP": group,
+        "BLOCKS": min(group, num_blocks),
         "SLOTS": slots,
         "PIECES": cdiv(k, slots),
-        "COLUMNS": max(LEAST, min(columns, next_power_of_2(d // c))),
         "PERMUTATION": None if permutation_seed is None else permutation_constants(size, permutation_seed),
         "WIDE": is_interpreted(),  # the interpreter multiplies the bits of bfloat16 as integers
         "num_warps": 4,
         "num_stages": 1,  # a tile is all that a program has under way, and others cover its wait
     }
+
+
+def product_launch(
+    k: int, d: int, c: int, num_blocks: int, *, size: int, permutation_seed: int | None
+) -> dict[str, Any]:
+    """Constants and warps of the kernel."""
+    shared = tile_constants(k, d, c, num_blocks, group=GROUP, size=size, permutation_seed=permutation_seed)
+    return {**shared, "COLUMNS": tile_width(COLUMNS, d // c)}
 
 
 def lookup_product(
@@ -109,8 +120,6 @@ def lookup_product(
     scores_TKC: Tensor,
     num_blocks: int,
     permutation_seed: int | None,
-    *,
-    columns: int = 64,
 ) -> Tensor:
     """Pooled rows [T,E,D]; values and scores of one 16-bit dtype."""
     n, d = map(int, values_ND.shape)
@@ -119,9 +128,7 @@ def lookup_product(
     out_TED = values_ND.new_empty(t, num_blocks, d)
     if t == 0:
         return out_TED
-    launch = product_launch(
-        k, d, c, num_blocks, columns=columns, size=n * num_blocks, permutation_seed=permutation_seed
-    )
+    launch = product_launch(k, d, c, num_blocks, size=n * num_blocks, permutation_seed=permutation_seed)
     grid = (t * c * cdiv(d // c, launch["COLUMNS"]), cdiv(num_blocks, GROUP))
     wrap_triton(lookup_product_kernel)[grid](values_ND, indices_TK, scores_TKC, out_TED, n, k, **launch)
     return out_TED

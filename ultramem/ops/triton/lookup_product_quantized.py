@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from ultramem.ops.triton._launch import cdiv, is_interpreted, next_power_of_2
-from ultramem.ops.triton._slots import locate
+from ultramem.ops.triton._launch import cdiv
+from ultramem.ops.triton._slots import locate, place_of
 from ultramem.ops.triton._words import flipped, fraction, row_order, word_bits
-from ultramem.ops.triton.lookup_product import LEAST, MAX_SLOTS
-from ultramem.ops.triton.permute_addresses import permutation_constants, permute
+from ultramem.ops.triton.lookup_product import tile_constants, tile_width
+from ultramem.ops.triton.permute_addresses import permute
 
 # Blocks of a program: half of the rows of the left factor, as a weight takes two of them.
 GROUP = 8
@@ -55,12 +55,8 @@ def lookup_product_quantized_kernel(
     """
     COUNT: tl.constexpr = WORD // BITS
     W: tl.constexpr = D // C // COUNT
-    CHUNKS: tl.constexpr = (W + COLUMNS - 1) // COLUMNS
-    program = tl.program_id(0)
-    token = (program // (C * CHUNKS)).to(tl.int64)
-    core = program // CHUNKS % C
-    chunk = program % CHUNKS
-    lane = chunk * COLUMNS + tl.arange(0, COLUMNS)
+    token, core, first_word = place_of(W, C, COLUMNS)
+    lane = first_word + tl.arange(0, COLUMNS)
     inside = lane < W
     first_block = tl.program_id(1) * GROUP
     rows_N = tl.cast(N, tl.int64)
@@ -96,7 +92,7 @@ def lookup_product_quantized_kernel(
         whole = tl.sum(tl.reshape(sums[at], [2, GROUP, COLUMNS]), axis=0) * (1 << BITS)
         pooled = pooled + (whole.to(out.dtype.element_ty),)
     e = tl.arange(0, GROUP)
-    x = chunk * (COLUMNS * COUNT) + tl.arange(0, COLUMNS * COUNT)
+    x = first_word * COUNT + tl.arange(0, COLUMNS * COUNT)
     at_block = out + (token * E + first_block + e)[:, None] * D + (core * (W * COUNT) + x)[None, :]
     written = (e < BLOCKS) & (first_block + e < E)
     tl.store(at_block, row_order(pooled, COUNT), mask=written[:, None] & (x < W * COUNT)[None, :])
@@ -106,24 +102,10 @@ def product_launch(
     k: int, d: int, c: int, num_blocks: int, *, bits: int, size: int, permutation_seed: int | None
 ) -> dict[str, Any]:
     """Constants and warps of the kernel, for K slots a token of a virtual table of `size` rows."""
-    slots = min(MAX_SLOTS, max(LEAST, next_power_of_2(k)))
     word = word_bits(d // c, bits)
-    return {
-        "D": d,
-        "C": c,
-        "E": num_blocks,
-        "BITS": bits,
-        "WORD": word,
-        "GROUP": GROUP,
-        "BLOCKS": min(GROUP, num_blocks),
-        "SLOTS": slots,
-        "PIECES": cdiv(k, slots),
-        "COLUMNS": max(LEAST, min(COLUMNS, next_power_of_2(d // c * bits // word))),
-        "PERMUTATION": None if permutation_seed is None else permutation_constants(size, permutation_seed),
-        "WIDE": is_interpreted(),  # see lookup_product
-        "num_warps": 4,
-        "num_stages": 1,
-    }
+    columns = tile_width(COLUMNS, d // c * bits // word)
+    shared = tile_constants(k, d, c, num_blocks, group=GROUP, size=size, permutation_seed=permutation_seed)
+    return {**shared, "BITS": bits, "WORD": word, "COLUMNS": columns}
 
 
 def lookup_product_quantized(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ultramem.ops.triton._launch import cdiv, refuse_float64
-from ultramem.ops.triton._slots import locate, permutation_launch, permute_slots
+from ultramem.ops.triton._slots import locate, permutation_launch, permute_slots, place_of
 from ultramem.ops.triton.dispatch import Lookup, PoolTile, capability_of, pool_tile, takes_products
 from ultramem.ops.triton.lookup_product import lookup_product
 
@@ -52,12 +52,8 @@ def lookup_reduce_kernel(
     E * D * itemsize written.
     """
     X: tl.constexpr = D // C
-    CHUNKS: tl.constexpr = (X + COLUMNS - 1) // COLUMNS
-    # Programs of a token are neighbours: together they read whole rows, and its indices from L2.
-    program = tl.program_id(0)
-    token = (program // (C * CHUNKS)).to(tl.int64)
-    core = program // CHUNKS % C
-    lane = program % CHUNKS * COLUMNS + tl.arange(0, COLUMNS)
+    token, core, first_column = place_of(X, C, COLUMNS)
+    lane = first_column + tl.arange(0, COLUMNS)
     column = core * X + lane
     inside = lane < X
     group = tl.program_id(1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ultramem.ops.triton._launch import cdiv
-from ultramem.ops.triton._slots import locate, permute_slots
+from ultramem.ops.triton._slots import locate, permute_slots, place_of
 from ultramem.ops.triton._words import WORD, flipped, fraction, row_order, word_bits
 from ultramem.ops.triton.dispatch import Lookup, pool_tile, takes_products
 from ultramem.ops.triton.lookup_product_quantized import lookup_product_quantized
@@ -57,11 +57,8 @@ def lookup_reduce_quantized_kernel(
     """
     COUNT: tl.constexpr = WORD // BITS
     W: tl.constexpr = D // C // COUNT
-    CHUNKS: tl.constexpr = (W + COLUMNS - 1) // COLUMNS
-    program = tl.program_id(0)
-    token = (program // (C * CHUNKS)).to(tl.int64)
-    core = program // CHUNKS % C
-    lane = program % CHUNKS * COLUMNS + tl.arange(0, COLUMNS)
+    token, core, first_word = place_of(W, C, COLUMNS)
+    lane = first_word + tl.arange(0, COLUMNS)
     column = core * W + lane
     inside = lane < W
     group = tl.program_id(1)
@@ -102,7 +99,7 @@ def lookup_reduce_quantized_kernel(
                     added = added + (acc[e * COUNT + at] + weight[:, None] * fraction(biased, at, BITS),)
             acc = added
             totals = summed
-    x = program % CHUNKS * COLUMNS * COUNT + tl.arange(0, COLUMNS * COUNT)
+    x = first_word * COUNT + tl.arange(0, COLUMNS * COUNT)
     for e in tl.static_range(GROUP):
         excess = 1.5 * tl.sum(totals[e], axis=0)
         pooled = ()
