@@ -33,9 +33,10 @@ def require_shape(name: str, value: torch.Tensor, expected: tuple[int, ...], rul
 
 def require_same_device(**tensors: torch.Tensor) -> None:
     (first_name, first), *others = tensors.items()
+    device = first.device
     for name, tensor in others:
-        if tensor.device != first.device:
-            raise ValueError(f"{name} must be on the device of {first_name} ({first.device}), got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of {first_name} ({device}), got {tensor.device}")
 
 
 def require_positive(name: str, value: object) -> None:

@@ -68,15 +68,15 @@ class TraceableOp:
 
 
 def _is_unseen(args: tuple[Any, ...]) -> bool:
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    return (
-        all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._functorch.maybe_current_level()
-        and not torch.autograd.profiler._is_profiler_enabled
-        and not torch._C._get_tracing_state()
+    records = torch.is_grad_enabled()
+    for arg in args:
+        if isinstance(arg, Tensor) and (type(arg) not in (Tensor, Parameter) or (records and arg.requires_grad)):
+            return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level()
+        or torch.autograd.profiler._is_profiler_enabled
+        or torch._C._get_tracing_state()
     )
 
 

@@ -57,7 +57,7 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     Raises:
         RuntimeError: the tensor is on CUDA (or TRITON is forced) and Triton is not installed.
     """
-    if _forced is not Implementation.TRITON and (_forced is not Implementation.AUTO or tensor.device.type != "cuda"):
+    if not (tensor.is_cuda if _forced is Implementation.AUTO else _forced is Implementation.TRITON):
         return False
     if not triton_is_installed():
         raise RuntimeError(
@@ -83,9 +83,10 @@ def runs_native(tensor: torch.Tensor) -> bool:
                 f"{problem}; to run plain PyTorch instead, use ultramem.ops.use_implementation(Implementation.ATEN)"
             )
         return True
-    return _forced is Implementation.AUTO and tensor.device.type == "cpu" and not _native_problem()
+    return _forced is Implementation.AUTO and tensor.is_cpu and not _native_problem()
 
 
+@cache
 def _native_problem() -> str:
     from ultramem.ops.native.library import library
 

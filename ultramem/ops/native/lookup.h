@@ -31,7 +31,8 @@ struct Range {
 
 // A row is read in parts of this many bytes, one pass over a token's slots for each part, and the parts of this many
 // slots ahead are on their way. Processors fetch lines beyond those that are asked for: here they belong to the next
-// part instead of to nobody. A part is also what fits in registers while the rows of a block are added up.
+// part instead of to nobody. Of floating-point values a part is also what fits in registers while the rows of a block
+// are added up; of small integers, which widen, it is several times as much, read from the nearest cache.
 constexpr std::int64_t kPartBytes = 256;
 constexpr std::int64_t kSlotsAhead = 16;
 

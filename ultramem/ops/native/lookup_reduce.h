@@ -114,6 +114,7 @@ void pool_columns(const LookupSizes& size, const TokenSlots<Rows, Score>& token,
       if constexpr (count == 0) {
         sums[0] += weight * Rows::lanes(row, rest);
       } else {
+#pragma GCC unroll 16  // else the sums are in memory
         for (std::int64_t i = 0; i < count; ++i) sums[i] += weight * Rows::lanes(row + Rows::elements(i * width));
       }
     }
@@ -128,7 +129,7 @@ void pool_columns(const LookupSizes& size, const TokenSlots<Rows, Score>& token,
 template <class Rows, class Score, class Out>
 void pool_part(const LookupSizes& size, const TokenSlots<Rows, Score>& token, const Part& part,
                const Ahead<Rows>& ahead, Out* out) {
-  constexpr std::int64_t width = kLanes<typename Rows::Acc>, most = Rows::kPartColumns / width;
+  constexpr std::int64_t width = kLanes<typename Rows::Acc>, most = std::min(Rows::kPartColumns / width, kMostVectors);
   std::int64_t column = part.begin;
   const auto pool = [&](auto count) {
     const bool fetches = column == part.begin;  // once a part

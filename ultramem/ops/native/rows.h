@@ -27,12 +27,11 @@ struct FloatRows {
   ULTRAMEM_INLINE static Vector<Acc> lanes(const Value* from, std::int64_t count) { return load_first(from, count); }
 };
 
-// Rows of small integers with a scale each. A part is what fits in registers as float32.
+// Rows of small integers with a scale each.
 template <class Stored>
 struct ScaledRows {
   using Element = Stored;
   using Acc = float;
-  static constexpr std::int64_t kPartColumns = kPartBytes / static_cast<std::int64_t>(sizeof(float));
 
   const Stored* values;
   const float* scales;
@@ -44,12 +43,12 @@ struct ScaledRows {
 };
 
 struct Int8Rows : ScaledRows<std::int8_t> {
+  static constexpr std::int64_t kPartColumns = kPartBytes;
   static constexpr std::int64_t kLineColumns = kLineBytes;
 
   ULTRAMEM_INLINE static std::int64_t elements(std::int64_t columns) { return columns; }
   ULTRAMEM_INLINE static Floats lanes(const std::int8_t* from) {
-    using Bytes = VectorOf<std::int8_t, kLanes<float>>::type;
-    return __builtin_convertvector(__builtin_convertvector(load_bits<Bytes>(from), Integers), Floats);
+    return __builtin_convertvector(load_integers(from), Floats);
   }
   ULTRAMEM_INLINE static Floats lanes(const std::int8_t* from, std::int64_t count) {
     std::int8_t padded[kLanes<float>] = {};
@@ -60,22 +59,26 @@ struct Int8Rows : ScaledRows<std::int8_t> {
 
 // Two columns a byte, the even one in the low half, in two's complement.
 struct Int4Rows : ScaledRows<std::uint8_t> {
+  static constexpr std::int64_t kPartColumns = 2 * kPartBytes;
   static constexpr std::int64_t kLineColumns = 2 * kLineBytes;
 
   ULTRAMEM_INLINE static std::int64_t elements(std::int64_t columns) { return columns / 2; }
   ULTRAMEM_INLINE static Floats lanes(const std::uint8_t* from) {
     // Each lane gets the word that holds its column, moves the column to the top, and brings it down with its sign.
     constexpr int lanes = kLanes<float>;
-    Integers words{}, shifts{};
+    Integers words{}, shifts{}, is_late{};
+    for (int lane = 0; lane < lanes; ++lane) {
+      shifts[lane] = 28 - lane % 8 * 4;
+      is_late[lane] = lane < 8 ? 0 : -1;
+    }
     if constexpr (lanes == 16) {
-      const auto both = load_bits<std::array<std::int32_t, 2>>(from);
-      for (int lane = 0; lane < lanes; ++lane) words[lane] = both[lane / 8];
+      const auto [early, late] = load_bits<std::array<std::int32_t, 2>>(from);
+      words = is_late ? words + late : words + early;
     } else if constexpr (lanes == 8) {
       words += load_bits<std::int32_t>(from);
     } else {
       words += load_bits<std::int16_t>(from);
     }
-    for (int lane = 0; lane < lanes; ++lane) shifts[lane] = 28 - lane % 8 * 4;
     return __builtin_convertvector((words << shifts) >> 28, Floats);
   }
   ULTRAMEM_INLINE static Floats lanes(const std::uint8_t* from, std::int64_t count) {

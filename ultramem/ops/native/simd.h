@@ -5,7 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -28,6 +28,8 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 constexpr int kLineBytes = 64;
+// Sums that are kept in registers: half of them, the rest is for what is added.
+constexpr std::int64_t kMostVectors = kVectorBytes == 64 ? 16 : 8;
 
 // The type in which elements are added up: float64 stays float64, everything narrower is added in float32.
 template <class Element>
@@ -90,6 +92,17 @@ ULTRAMEM_INLINE Floats load(const float16* from) {
   Floats to;
   for (int lane = 0; lane < kLanes<float>; ++lane) to[lane] = to_float(from[lane]);
   return to;
+#endif
+}
+
+// The next kLanes<float> integers at p, with their signs. GCC 12 makes a convertvector of them one lane at a time.
+ULTRAMEM_INLINE Integers load_integers(const std::int8_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Integers>(_mm512_cvtepi8_epi32(load_bits<__m128i>(from)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Integers>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_bits<std::int64_t>(from))));
+#else
+  return __builtin_convertvector(load_bits<VectorOf<std::int8_t, kLanes<float>>::type>(from), Integers);
 #endif
 }
 
