@@ -19,6 +19,7 @@ from benchmarks.subjects.fbgemm import quantised_embedding, require_fbgemm
 from benchmarks.subjects.lookup import CHECKED_TOKENS, Bags, Inputs, Problem
 from benchmarks.subjects.shapes import BASE_GB, table_gb
 from ultramem.ops import lookup_reduce, lookup_reduce_quantized, quantize_rows, reference
+from ultramem.ops.huge_pages import LARGE_BYTES, advise_huge_pages
 
 INT8_CPU = Goal(text=">= 3x its quantised peer, int8 rows", quantity="speedup", bound=3.0, against="quantized")
 LOST_BITS = 3  # the Triton kernel adds 1.5 to every integer and takes it off the sum
@@ -114,6 +115,7 @@ def build(row: Row, device: torch.device) -> Case:
         kind = "byte" if bits == 8 else "4bit"
         ops = torch.ops.quantized
         packed_RB = getattr(ops, f"embedding_bag_{kind}_prepack")(problem.core_table.float())
+        advise_huge_pages(packed_RB, at_least_bytes=LARGE_BYTES)  # as our rows are
         pool = getattr(ops, f"embedding_bag_{kind}_rowwise_offsets")
         unpack = getattr(ops, f"embedding_bag_{kind}_unpack")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.row import Row
+from ultramem.ops.huge_pages import LARGE_BYTES, advise_huge_pages
 
 CPU_ROWS = 2**20  # of a table: 2 to 4 GB of float32, 64 times a 32 MB cache and more
 BASE_GB = 2.0  # of a process on a GPU: the driver's share, the buffer that flushes the cache, small tensors
@@ -82,9 +83,10 @@ def table_rows(row: Row, device: torch.device) -> int:
 
 
 def make_table(n: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Rows [N,D] of normal values."""
+    """Rows [N,D] of normal values, on a CPU in huge pages where there are any, whoever reads them."""
     tile = torch.randn(min(n, TILE_ROWS), d, device=device).to(dtype)
     table = torch.empty(n, d, dtype=dtype, device=device)
+    advise_huge_pages(table, at_least_bytes=LARGE_BYTES)
     for start in range(0, n, tile.shape[0]):
         stop = min(n, start + tile.shape[0])
         table[start:stop] = tile[: stop - start]

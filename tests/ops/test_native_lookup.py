@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ultramem.ops import (
     Implementation,
-    advise_huge_pages,
     lookup_dot,
     lookup_reduce,
     lookup_reduce_quantized,
@@ -114,12 +113,3 @@ def test_narrow_dtypes_are_widened_and_rounded_as_pytorch_does(dtype: torch.dtyp
     for weight in (1.0, 1.001, -0.75):
         pooled = lookup_reduce(values, torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1, 1), weight))
         torch.testing.assert_close(pooled[0], (values.float() * weight).to(dtype), rtol=0, atol=0, equal_nan=True)
-
-
-def test_advice_for_huge_pages_changes_no_value() -> None:
-    table = torch.arange(3 * 2**19, dtype=torch.float32).view(-1, 256)
-    assert isinstance(advise_huge_pages(table), bool)  # whether it is taken is the system's choice
-    assert torch.equal(table, torch.arange(3 * 2**19, dtype=torch.float32).view(-1, 256))
-    assert not advise_huge_pages(table.t())
-    assert not advise_huge_pages(torch.zeros(4))
-    assert not advise_huge_pages(torch.zeros(4, device="meta"))

@@ -7,6 +7,14 @@ from torch import Tensor, nn
 
 from ultramem import ops
 from ultramem.config import MemoryConfig
+from ultramem.ops.huge_pages import LARGE_BYTES, advise_huge_pages
+
+
+def _empty_rows(n: int, d: int) -> nn.Parameter:
+    """[N,D], not filled yet, in huge pages where there are any."""
+    rows_ND = torch.empty(n, d)
+    advise_huge_pages(rows_ND, at_least_bytes=LARGE_BYTES)
+    return nn.Parameter(rows_ND)
 
 
 class ValueTable(nn.Module):
@@ -29,8 +37,8 @@ class ValueTable(nn.Module):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
-        self.values_NV = nn.Parameter(torch.empty(config.table_rows, config.value_dim))
-        experts = nn.Parameter(torch.empty(config.table_rows, config.expert_dim)) if config.expert_dim else None
+        self.values_NV = _empty_rows(config.table_rows, config.value_dim)
+        experts = _empty_rows(config.table_rows, config.expert_dim) if config.expert_dim else None
         self.register_parameter("experts_NP", experts)
         self.sparse_grad = False
         self.lazy_rows: ops.LazyRows | None = None

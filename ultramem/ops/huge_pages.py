@@ -7,23 +7,33 @@ import mmap
 import sys
 
 from torch import Tensor
+from torch.nn import Parameter
+
+LARGE_BYTES = 64 * 2**20
+"""From here on random rows are worth huge pages: small ones would need more entries than processors cache."""
 
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # of <linux/mman.h>; Python's mmap names the first alone
 
 
-def advise_huge_pages(tensor: Tensor) -> bool:
+def advise_huge_pages(tensor: Tensor, *, at_least_bytes: int = 0) -> bool:
     """Ask Linux to back the memory of a CPU tensor with huge pages, those that it has already included.
 
-    Worth it for tables beyond some 100 MB whose rows are looked up at random. Values do not change. The pages stay
-    huge for as long as the tensor's memory lives. Where the system's setting
-    (`/sys/kernel/mm/transparent_hugepage/enabled`) is `always` or `madvise`, that is; collapsing what is there already
-    takes about the time of a copy, and needs Linux 6.1.
+    Worth it for large tables whose rows are looked up at random; `ultramem` asks for its own tables, of `LARGE_BYTES`
+    and more, when it makes them. Values do not change. The pages stay huge for as long as the tensor's memory lives.
+    Where the system's setting (`/sys/kernel/mm/transparent_hugepage/enabled`) is `always` or `madvise`, that is;
+    collapsing what is there already takes about the time of a copy, and needs Linux 6.1.
+
+    Args:
+        tensor: any.
+        at_least_bytes: smaller tensors are left alone.
 
     Returns:
-        Whether Linux took the advice: False on another system, for a tensor that is not on the CPU or not contiguous,
-        or smaller than a page, and where huge pages are turned off.
+        Whether Linux took the advice: False on another system, for a tensor that is not on the CPU, not contiguous or
+        without memory (a fake one), or smaller than a page or `at_least_bytes`, and where huge pages are turned off.
     """
-    if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if sys.platform != "linux" or type(tensor) not in (Tensor, Parameter) or tensor.nbytes < at_least_bytes:
+        return False
+    if not tensor.is_cpu or not tensor.is_contiguous():
         return False
     begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE

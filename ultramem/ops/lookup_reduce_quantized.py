@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ultramem.ops import _checks as checks
 from ultramem.ops._registration import traceable_op
+from ultramem.ops.huge_pages import LARGE_BYTES, advise_huge_pages
 from ultramem.ops.implementation import runs_native, runs_triton
 from ultramem.ops.lookup_reduce import _permuted, lookup_reduce_reference
 from ultramem.ops.permute_addresses import require_seed
@@ -60,6 +61,7 @@ def quantize_rows(values_ND: Tensor, bits: int = 8, *, floating: bool = False) -
     dtype = FLOAT8 if floating else torch.int8 if bits == 8 else torch.uint8
     rows_NB = values_ND.new_empty(n, d if bits == 8 else d // 2, dtype=dtype)
     scales_N = values_ND.new_empty(n, dtype=torch.float32)
+    advise_huge_pages(rows_NB, at_least_bytes=LARGE_BYTES)
     largest = torch.finfo(FLOAT8).max if floating else 2 ** (bits - 1) - 1
     for first in range(0, n, _ROWS_AT_ONCE):
         some = slice(first, first + _ROWS_AT_ONCE)

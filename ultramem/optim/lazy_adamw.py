@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ultramem import ops
+from ultramem.ops.huge_pages import LARGE_BYTES, advise_huge_pages
 from ultramem.ops.update_rows import power
 from ultramem.optim.schedule import require_decaying_drift
 from ultramem.optim.table_optimizer import Group, State, TableOptimizer, _update_dtype
@@ -56,8 +57,12 @@ class LazyAdamW(TableOptimizer):
         super().__init__(params, lr=lr, weight_decay=weight_decay, eps=eps, seed=seed)
 
     def _new_state(self, parameter: Tensor) -> State:
-        moment = torch.zeros_like(parameter, dtype=_update_dtype(parameter), requires_grad=False)
-        return super()._new_state(parameter) | {"exp_avg": moment, "exp_avg_sq": moment.clone()}
+        def zeros() -> Tensor:
+            moment = torch.zeros_like(parameter, dtype=_update_dtype(parameter), requires_grad=False)
+            advise_huge_pages(moment, at_least_bytes=LARGE_BYTES)
+            return moment
+
+        return super()._new_state(parameter) | {"exp_avg": zeros(), "exp_avg_sq": zeros()}
 
     def _catch_up_moments(self, state: State, rows_U: Tensor, now: int) -> None:
         missed_U = now - state["last_step"].index_select(0, rows_U)
