@@ -15,10 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultramem.config import ModelConfig
 from ultramem.export import onnx_functions
+from ultramem.export.backend import Backend, Run
 from ultramem.export.extras import quiet_exporters, require
 from ultramem.export.onnx_stages import OTHER_STAGE, stage_of_module
-from ultramem.export.program import Program, simplify
+from ultramem.export.options import ExportOptions
+from ultramem.export.program import PassRecord, Program, capture, records_of, simplify
+from ultramem.graph.transformer import Transformer
 from ultramem.ops.tucker_topk import Candidates
 
 FILE = "model.onnx"
@@ -64,6 +68,13 @@ def export_onnx(
     return program
 
 
+def write_onnx(model: Transformer, options: ExportOptions, folder: Path) -> tuple[PassRecord, ...]:
+    """Write the model as one graph of the sizes that the options ask for."""
+    memory = model.config.memory
+    program = capture(model, batch=options.batch, seq=options.seq)
+    return records_of({"model": export_onnx(program, folder, candidates=memory.candidates if memory else "one_tailed")})
+
+
 def load_onnx(folder: Path, *, threads: int | None = None) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
     """The model as a function of its inputs, in order, run by ONNX Runtime on the CPU.
 
@@ -87,7 +98,8 @@ def load_onnx(folder: Path, *, threads: int | None = None) -> Callable[[Sequence
 def _name_sizes(graph: Any, ir: Any) -> None:
     """Call the free sizes batch, seq and past, everywhere."""
     ids, key = graph.inputs[0], graph.inputs[3]
-    names = {str(ids.shape[0]): "batch", str(ids.shape[1]): "seq", str(key.shape[2]): "past"}
+    sizes = ((ids.shape[0], "batch"), (ids.shape[1], "seq"), (key.shape[2], "past"))
+    names = {str(size): name for size, name in sizes if not isinstance(size, int)}
     pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in names))
     values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
     for value in values:
@@ -129,3 +141,28 @@ def _attach_functions(model: Any, candidates: Candidates, ir: Any) -> None:
             function = ir.serde.deserialize_function(bodies[node.op_type])
             model.functions[function.identifier()] = function
     model.opset_imports[onnx_functions.DOMAIN] = onnx_functions.VERSION
+
+
+def _load(folder: Path, config: ModelConfig, options: ExportOptions) -> Run:
+    return load_onnx(folder)
+
+
+def _how_to_load(options: ExportOptions, files: frozenset[str]) -> tuple[str, ...]:
+    return (
+        "import onnxruntime",
+        'session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])',
+        "feeds = {...}  # the inputs that manifest.json lists, by name, as numpy arrays; cached keys may have length 0",
+        "logits, *present = session.run(None, feeds)",
+    )
+
+
+BACKEND = Backend(
+    name="onnx",
+    files=(FILE, f"{FILE}.data"),
+    write=write_onnx,
+    load=_load,
+    how_to_load=_how_to_load,
+    dtypes=("fp32", "fp16"),
+    tables=(),
+    lacks={"bf16": "stock ONNX Runtime has no bfloat16 kernels on a CPU"},
+)
