@@ -120,12 +120,16 @@ def _name_nodes(graph: Any) -> None:
 
 def _attach_functions(model: Any, candidates: Candidates, ir: Any) -> None:
     """Give every node of this package its plugin attributes, and the model the bodies of those that it has."""
-    bodies = onnx_functions.function_protos(candidates)
-    for node in model.graph:
-        if node.domain == onnx_functions.DOMAIN:
-            # TensorRT's parser looks a plugin up by these, and takes the body where it finds none.
-            for name, value in (("plugin_namespace", onnx_functions.DOMAIN), ("plugin_version", "1")):
-                node.attributes[name] = ir.AttrString(name, value)
-            function = ir.serde.deserialize_function(bodies[node.op_type])
-            model.functions[function.identifier()] = function
+    ours = [node for node in model.graph if node.domain == onnx_functions.DOMAIN]
+    widths = sorted({node.attributes["bits"].value for node in ours if "bits" in node.attributes})
+    if len(widths) > 1:
+        raise ValueError(f"the quantised tables of an ONNX file must have the same bits, got {widths}")
+    double = any(each.dtype == ir.DataType.DOUBLE for node in ours for each in node.inputs)
+    bodies = onnx_functions.function_protos(candidates, bits=widths[0] if widths else 8, double=double)
+    for node in ours:
+        # TensorRT's parser looks a plugin up by these, and takes the body where it finds none.
+        for name, value in (("plugin_namespace", onnx_functions.DOMAIN), ("plugin_version", "1")):
+            node.attributes[name] = ir.AttrString(name, value)
+        function = ir.serde.deserialize_function(bodies[node.op_type])
+        model.functions[function.identifier()] = function
     model.opset_imports[onnx_functions.DOMAIN] = onnx_functions.VERSION
