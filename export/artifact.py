@@ -92,8 +92,10 @@ def export_model(
     return written
 
 
-def load_artifact(folder: str | os.PathLike[str], *, engine: str | None = None) -> Artifact:
-    """Load an export after comparing every file with the manifest.
+def load_artifact(
+    folder: str | os.PathLike[str], *, engine: str | None = None, plugin: bool | None = False
+) -> Artifact:
+    """Load an export after comparing every file with the manifest; `plugin` as in `load_onnx`.
 
     Raises:
         FileNotFoundError: there is no manifest.
@@ -113,7 +115,7 @@ def load_artifact(folder: str | os.PathLike[str], *, engine: str | None = None) 
             raise ValueError(f"{path / name} has {size} bytes, the manifest says {expected.bytes} (export it again)")
         if manifest.file_record(path / name) != expected:
             raise ValueError(f"{path / name} was altered after the export: its sha256 differs (export it again)")
-    return Artifact(path, found, _load(found.engine, path))
+    return Artifact(path, found, _load(found.engine, path, plugin))
 
 
 def check_engine(name: str) -> None:
@@ -140,8 +142,8 @@ def _write(program: Program, model: Transformer, to: str, folder: Path) -> Progr
     return onnx.export_onnx(program, folder, candidates=memory.candidates if memory else "one_tailed")
 
 
-def _load(engine: str, folder: Path) -> Run:
-    return aot_inductor.load_aoti(folder) if engine == "aoti" else onnx.load_onnx(folder)
+def _load(engine: str, folder: Path, plugin: bool | None = False) -> Run:
+    return aot_inductor.load_aoti(folder) if engine == "aoti" else onnx.load_onnx(folder, plugin=plugin)
 
 
 def _manifest(model: Transformer, to: str, folder: Path, program: Program) -> Manifest:

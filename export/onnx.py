@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ultramem.export import onnx_functions
 from ultramem.export.extras import quiet_exporters, require
+from ultramem.export.onnx_plugin import register
+from ultramem.export.onnx_session import FILE, load_onnx
 from ultramem.export.onnx_stages import OTHER_STAGE, stage_of_module
 from ultramem.export.program import Program, simplify
 from ultramem.ops.tucker_topk import Candidates
 
-FILE = "model.onnx"
+__all__ = ["FILE", "export_onnx", "load_onnx", "register"]
+
 EXTERNAL_BYTES = 1_500_000_000  # a protobuf message ends at 2 GB
 
 
@@ -62,26 +63,6 @@ def export_onnx(
     ir.save(model, path, external_data=f"{FILE}.data" if weight_bytes > external_bytes else None)
     onnx.checker.check_model(str(path), full_check=True)
     return program
-
-
-def load_onnx(folder: Path, *, threads: int | None = None) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
-    """The model as a function of its inputs, in order, run by ONNX Runtime on the CPU.
-
-    Raises:
-        ImportError: onnxruntime is missing.
-    """
-    runtime = require("onnxruntime", "onnx")
-    options = runtime.SessionOptions()
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    session = runtime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
-    names = [each.name for each in session.get_inputs()]
-
-    def run(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        feeds = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
-        return tuple(torch.from_numpy(output) for output in session.run(None, feeds))
-
-    return run
 
 
 def _name_sizes(graph: Any, ir: Any) -> None:
