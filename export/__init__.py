@@ -2,6 +2,7 @@
 
 from ultramem.export.artifact import ENGINES, Artifact, export_model, load_artifact
 from ultramem.export.manifest import Manifest
+from ultramem.export.onnx_plugin import register
 from ultramem.export.onnx_stages import stage_of_node, stages_of_optimized_model
 from ultramem.export.options import ExportOptions
 
@@ -12,6 +13,7 @@ __all__ = [
     "Manifest",
     "export_model",
     "load_artifact",
+    "register",
     "stage_of_node",
     "stages_of_optimized_model",
 ]

@@ -151,7 +151,7 @@ def check_package(path: Path) -> None:
             raise ValueError(f"{path} must hold code of AOTInductor alone, got {name!r}")
 
 
-def _load(folder: Path, config: ModelConfig, options: ExportOptions) -> Run:
+def _load(folder: Path, config: ModelConfig, options: ExportOptions, plugin: bool | None) -> Run:
     return load_aoti(folder)
 
 

@@ -98,8 +98,10 @@ def export_model(
     return written
 
 
-def load_artifact(folder: str | os.PathLike[str], *, engine: str | None = None) -> Artifact:
-    """Load an export after comparing every file with the manifest.
+def load_artifact(
+    folder: str | os.PathLike[str], *, engine: str | None = None, plugin: bool | None = False
+) -> Artifact:
+    """Load an export after comparing every file with the manifest; `plugin` as in `load_onnx`.
 
     Hashes find damage, not malice: who can change a file can change the manifest too. Nothing is unpickled, whatever
     the files hold; an AOTInductor package is native code, to be trusted like any program.
@@ -126,7 +128,7 @@ def load_artifact(folder: str | os.PathLike[str], *, engine: str | None = None) 
             _check_file(path / name, found.files[name])
         elif (path / name).exists():
             raise ValueError(f"{path / name} is not in the manifest: the export is not whole (export it again)")
-    return Artifact(path, found, backend.load(path, found.model, found.options))
+    return Artifact(path, found, backend.load(path, found.model, found.options, plugin))
 
 
 def _check_file(path: Path, expected: manifest.FileRecord) -> None:
@@ -170,7 +172,7 @@ def _manifest(
     inputs, outputs = tensor_specs(model.config, options, seq=seq)
     files = {path.name: manifest.file_record(path) for path in sorted(folder.iterdir())}
     assert set(backend.files).issuperset(files), files
-    run = backend.load(folder, model.config, options)
+    run = backend.load(folder, model.config, options, False)
     return Manifest(
         engine=to,
         options=options,

@@ -25,8 +25,9 @@ class Backend:
     """All that may stand in its folder beside the manifest; the first always does."""
     write: Callable[[Transformer, ExportOptions, Path], tuple[PassRecord, ...]]
     """Write a model in eval mode, whose weights are already of the types of the options, to a folder."""
-    load: Callable[[Path, ModelConfig, ExportOptions], Run]
-    """The model of a folder whose files were verified, as a function of its inputs in order."""
+    load: Callable[[Path, ModelConfig, ExportOptions, bool | None], Run]
+    """The model of a folder whose files were verified, as a function of its inputs in order. The flag: with kernels of
+    this package's plugin library (True), without (False), with them where they are built (None)."""
     how_to_load: Callable[[ExportOptions, frozenset[str]], tuple[str, ...]]
     """Four lines for a user, given the options and the names of the files that were written."""
     dtypes: tuple[str, ...] = tuple(DTYPES)

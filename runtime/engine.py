@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ultramem.config import ModelConfig
 from ultramem.export import load_artifact
+from ultramem.export.onnx_session import OnnxModel
 from ultramem.export.program import FlatModel, empty_state, flat_inputs
 from ultramem.graph.transformer import Transformer
 
@@ -195,7 +196,8 @@ class _ArtifactEngine(Engine):
     """Runs an export folder on the CPU; its cache is of the export's type, logits are float32."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.artifact = load_artifact(folder, engine=self.name)
+        # The plugin of ONNX Runtime where it is built: `kernels` of an OnnxEngine says which it is.
+        self.artifact = load_artifact(folder, engine=self.name, plugin=None)
         super().__init__(self.artifact.manifest.model)
         self.state_dtype = self.artifact.manifest.options.torch_dtype
         self.folder = self.artifact.folder
@@ -221,9 +223,15 @@ class _ArtifactEngine(Engine):
 
 
 class OnnxEngine(_ArtifactEngine):
-    """ONNX Runtime."""
+    """ONNX Runtime, with this package's kernels where they are built."""
 
     name = "onnx"
+
+    @property
+    def kernels(self) -> str:
+        """What runs the nodes of this package."""
+        assert isinstance(self.artifact.run, OnnxModel)
+        return self.artifact.run.kernels
 
 
 class AotEngine(_ArtifactEngine):

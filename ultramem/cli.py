@@ -193,7 +193,7 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
 def _engine(name: str, run_folder: Path, artifact: Path | None) -> Engine:
     """An engine for a run; what it needs is exported first if it is not there."""
     from ultramem.graph.weights import load
-    from ultramem.runtime.engine import open_engine
+    from ultramem.runtime.engine import OnnxEngine, open_engine
 
     model = load(run_folder)
     if name in EXPORTS and artifact is None:
@@ -204,7 +204,10 @@ def _engine(name: str, run_folder: Path, artifact: Path | None) -> Engine:
             print(f"exporting to {artifact}", file=sys.stderr)
             artifact.parent.mkdir(exist_ok=True)
             export_model(model, name, artifact)
-    return open_engine(name, model, artifact)
+    engine = open_engine(name, model, artifact)
+    if isinstance(engine, OnnxEngine):
+        print(f"onnx: {engine.kernels}", file=sys.stderr)
+    return engine
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
