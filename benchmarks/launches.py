@@ -35,7 +35,7 @@ from benchmarks.fake_cuda import cuda_code, fake_driver
 from benchmarks.op_calls import Call, OperatorRecorder
 from ultramem import ops
 from ultramem.config import MemoryConfig
-from ultramem.graph.memory_layer import UltraMemLayer
+from ultramem.graph import UltraMemLayer, fold_for_inference
 from ultramem.presets import preset
 
 PRESETS = ("ultramem-1.6b-x12", "pkm-1.6b-x12")
@@ -149,43 +149,56 @@ def graphs_of(
     return found
 
 
+def _named_weights(layer: UltraMemLayer) -> dict[str, Tensor]:
+    return dict(layer.named_parameters()) | dict(layer.named_buffers())
+
+
+def _fake_weights(layer: UltraMemLayer) -> list[Tensor]:
+    return [
+        torch.empty(each.shape, dtype=each.dtype, requires_grad=each.requires_grad)
+        for each in _named_weights(layer).values()
+    ]
+
+
+def _call(layer: UltraMemLayer, weights: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+    output: Tensor = torch.func.functional_call(layer, dict(zip(_named_weights(layer), weights, strict=True)), inputs)
+    return output
+
+
 def layer_rows(name: str, config: MemoryConfig) -> list[Launches]:
     """The table's rows of one layer."""
     bodies = op_bodies(config)
     mode = FakeTensorMode()
     with torch.device("meta"):
         layer = UltraMemLayer(config).to(DTYPE)
-    names = [parameter for parameter, _ in layer.named_parameters()]
+    folded = fold_for_inference(layer.eval())
     with mode:
-        weights = [torch.empty(each.shape, dtype=DTYPE, requires_grad=True) for each in layer.parameters()]
         prompt = torch.empty(*PROMPT, config.hidden_size, dtype=DTYPE, requires_grad=True)
         token = torch.empty(DECODE_BATCH, 1, config.hidden_size, dtype=DTYPE)
         past = torch.empty(DECODE_BATCH, config.hidden_size, config.conv_width - 1, dtype=DTYPE)
+        weights, constants = _fake_weights(layer), _fake_weights(folded)
 
-    def run(hidden_BSD: Tensor, *weights: Tensor) -> Tensor:
-        output: Tensor = torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (hidden_BSD,))
-        return output
+    def train(hidden_BSD: Tensor, *weights: Tensor) -> Tensor:
+        return _call(layer, weights, hidden_BSD)
 
-    def decode(hidden_BSD: Tensor, past_BDW: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        parameters = dict(zip(names, weights, strict=True))
-        output = torch.func.functional_call(layer, parameters, (hidden_BSD, past_BDW))
-        return output, layer.next_conv(hidden_BSD, past_BDW)
+    def infer(hidden_BSD: Tensor, *constants: Tensor) -> Tensor:
+        return _call(folded, constants, hidden_BSD)
+
+    def decode(hidden_BSD: Tensor, past_BDW: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
+        return _call(folded, constants, hidden_BSD, past_BDW), layer.next_conv(hidden_BSD, past_BDW)
 
     phases: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
-        "train": (run, [prompt, *weights]),
-        "prefill": (run, [prompt, *weights]),
+        "train": (train, [prompt, *weights]),
+        "prefill": (infer, [prompt.detach(), *constants]),
+        "decode": (decode, [token, past, *constants]) if config.conv_width > 1 else (infer, [token, *constants]),
     }
-    if config.conv_width > 1:
-        phases["decode"] = decode, [token, past, *weights]
-    else:
-        phases["decode"] = run, [token, *weights]
     rows = []
     for phase, (function, inputs) in phases.items():
-        train = phase == "train"
-        graphs = graphs_of(function, inputs, mode, train=train)
+        trains = phase == "train"
+        graphs = graphs_of(function, inputs, mode, train=trains)
         for direction, (graph, values) in zip(("forward", "backward"), graphs, strict=False):
-            code = cuda_code(graph, values, mode, is_backward=direction == "backward", is_inference=not train)
-            phase_name = f"{phase} {direction}" if train else phase
+            code = cuda_code(graph, values, mode, is_backward=direction == "backward", is_inference=not trains)
+            phase_name = f"{phase} {direction}" if trains else phase
             rows.append(summary(name, phase_name, launches_of_code(code, bodies)))
     return rows + [summary(name, f"op {op}", body) for op, body in bodies.items()]
 

@@ -18,6 +18,7 @@ from ultramem.config import ModelConfig
 from ultramem.export import load_artifact
 from ultramem.export.onnx_session import OnnxModel
 from ultramem.export.program import FlatModel, empty_state, flat_inputs
+from ultramem.graph.fold_for_inference import fold_for_inference
 from ultramem.graph.transformer import Transformer
 
 ENGINES = ("eager", "compile", "onnx", "aoti")
@@ -101,13 +102,13 @@ class Engine(ABC):
 
 
 class _ModelEngine(Engine):
-    """Runs the module itself, on its own device and in its own dtype; the cache stays there."""
+    """Runs the module itself, its constants folded, on its own device and in its own dtype; the cache stays there."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__(model.config)
         if model.training:
             raise ValueError("the model must be in eval mode to be run by an engine (call model.eval())")
-        self.model = FlatModel(model)
+        self.model = FlatModel(fold_for_inference(model))
         self.weight = model.embedding.weight
 
     def _run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:

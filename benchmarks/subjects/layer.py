@@ -28,7 +28,7 @@ from benchmarks.subjects.shapes import (
 )
 from ultramem import MemoryConfig, ModelConfig, MoEConfig
 from ultramem.counts import count_memory
-from ultramem.graph import UltraMemLayer
+from ultramem.graph import UltraMemLayer, fold_for_inference
 from ultramem.graph.moe import MoE
 from ultramem.graph.transformer import MLP
 from ultramem.ops import Implementation, use_implementation
@@ -156,7 +156,9 @@ def build(row: Row, device: torch.device) -> Case:
         return contender("peer", settings, module, module, ChosenExperts(module))
 
     contenders = {
-        "ultramem": lambda: memory("ours", "UltraMemLayer under torch.compile", layer),
+        "ultramem": lambda: memory(
+            "ours", "UltraMemLayer, its constants folded, under torch.compile", fold_for_inference(layer)
+        ),
         "plain PyTorch, compiled": lambda: memory(
             "peer", "topk, gather, einsum, a stored permutation; torch.compile", plain
         ),

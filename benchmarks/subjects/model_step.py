@@ -18,7 +18,7 @@ from benchmarks.harness.row import Goal, Row, Suite
 from benchmarks.subjects.shapes import REHEARSAL, compiled, dtype_of
 from ultramem import ModelConfig, preset
 from ultramem.counts import count
-from ultramem.graph import Cache, Transformer
+from ultramem.graph import Cache, Transformer, fold_for_inference
 
 CACHED_TOKENS = 128
 LAYERS = 16
@@ -59,7 +59,7 @@ def build(row: Row, device: torch.device) -> Case:
 
     def contender(role: Role, name: str) -> Contender:
         config = preset(TINY[name]) if tiny else _half(preset(PRESETS[name]))
-        model = make_model(config, dtype, device)
+        model = fold_for_inference(make_model(config, dtype, device))
         heads = (row.tokens, config.num_heads, cached, config.head_dim)
         keys = tuple(torch.randn(heads, device=device, generator=generator).to(dtype) for _ in range(config.num_layers))
         convs = (torch.zeros(row.tokens, config.hidden_size, config.conv_length, device=device, dtype=dtype),)

@@ -85,6 +85,8 @@ class Score(nn.Module):
 class Select(nn.Module):
     """Top-m of the grid: Tucker scores for rank >= 2 (TDQKR, eq 4-10), additive ones for rank 1 (PKM, eq 2-3)."""
 
+    singular_pair_2HR: Tensor | None
+
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
         self.top_m, self.num_candidates = config.top_m, config.num_candidates
@@ -92,6 +94,12 @@ class Select(nn.Module):
         self.softmax = config.score_function == "softmax"
         h, c, r = config.num_heads, config.num_cores, config.rank
         self.cores_HCRR = nn.Parameter(torch.empty(h, c, r, r)) if r > 1 else None
+        self.register_buffer("singular_pair_2HR", None, persistent=False)
+
+    def fold_singular_pair(self) -> None:
+        """Compute the singular vectors once instead of in every forward: for weights that do not change any more."""
+        if self.cores_HCRR is not None:
+            self.singular_pair_2HR = torch.stack(leading_singular_pair(self.cores_HCRR.sum(1)))
 
     def forward(self, row_scores_THRN: Tensor, col_scores_THRN: Tensor) -> ops.TopK:
         """Scores [T,H,M,C] and logical addresses [T,H,M]."""
@@ -107,7 +115,10 @@ class Select(nn.Module):
                 row_scores_THRN.squeeze(2), col_scores_THRN.squeeze(2), self.top_m
             )
             return ops.TopK(scores_THM.unsqueeze(-1), addresses_THM)
-        u_HR, t_HR = leading_singular_pair(self.cores_HCRR.sum(1))
+        if self.singular_pair_2HR is None:
+            u_HR, t_HR = leading_singular_pair(self.cores_HCRR.sum(1))
+        else:
+            u_HR, t_HR = self.singular_pair_2HR.unbind(0)
         kept = ops.tucker_topk(
             row_scores_THRN, col_scores_THRN, self.cores_HCRR, u_HR, t_HR, self.num_candidates,
             candidates=self.candidates,

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ultramem.graph.transformer import Transformer
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def shared_copy(
-    model: Transformer,
+    model: Model,
     *,
     tensors: Callable[[Tensor], Tensor] | None = None,
     modules: Callable[[nn.Module], nn.Module | None] | None = None,
-) -> Transformer:
+) -> Model:
     """A model with modules of its own whose weights are those of `model`.
 
     Args:
@@ -38,7 +38,7 @@ def shared_copy(
         if id(tensor) not in memo:
             memo[id(tensor)] = _converted(tensor, tensors)
     # deepcopy gives back what stands in the memo, and only copies the rest: modules, configs.
-    twin: Transformer = copy.deepcopy(model, memo)
+    twin: Model = copy.deepcopy(model, memo)
     return twin
 
 

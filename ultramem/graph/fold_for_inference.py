@@ -1,0 +1,58 @@
+"""A model for inference, in which nothing is computed that depends on weights alone.
+
+Shapes: T tokens, H heads, R ranks, N side of the logical grid, K key width of one rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ultramem.graph.memory_layer import Score, Select
+from ultramem.graph.shared_copy import Model, shared_copy
+
+
+class FoldedScore(nn.Module):
+    """`Score` whose keys were normalised once, laid out so that rows and columns are one batched product."""
+
+    keys: Tensor
+
+    def __init__(self, score: Score) -> None:
+        super().__init__()
+        query, keys = score.equation.split("->")[0].split(",")
+        # What both sides have is the batch of a product: first in the keys, which then are read as they lie.
+        batch = "s" + "".join(axis for axis in keys if axis in query and axis != "k")
+        rest = "".join(axis for axis in keys if axis not in batch)
+        source = keys.replace("h", "hs", 1)
+        self.register_buffer(
+            "keys", torch.einsum(f"{source}->{batch}{rest}", score.norm(score.keys_H2RNK).detach()).contiguous()
+        )
+        self.equation = f"{query.replace('t', 'ts', 1)},{batch}{rest}->sthrn"
+
+    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Row and column scores [T,H,R,N] of a query [T,2,(H),(R),K]."""
+        row_scores_THRN, col_scores_THRN = torch.einsum(self.equation, query, self.keys).unbind(0)
+        return row_scores_THRN, col_scores_THRN
+
+
+def fold_for_inference(model: Model) -> Model:
+    """A model that computes what `model` does, with normalised keys and the cores' singular vectors as constants.
+
+    Args:
+        model: a `Transformer` or an `UltraMemLayer` in eval mode; stays as it is. All else is shared with it.
+
+    Returns:
+        The model for inference. Training `model` on does not change its keys and singular vectors, and its state dict
+        is not that of `model`.
+
+    Raises:
+        ValueError: the model is in training mode.
+    """
+    if model.training:
+        raise ValueError("the model must be in eval mode to be folded (call model.eval())")
+    with torch.no_grad():
+        folded = shared_copy(model, modules=lambda each: FoldedScore(each).eval() if isinstance(each, Score) else None)
+        for module in folded.modules():
+            if isinstance(module, Select):
+                module.fold_singular_pair()
+    return folded
