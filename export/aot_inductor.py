@@ -133,7 +133,10 @@ def load_aoti(folder: Path) -> Run:
         weights = require("safetensors.torch", "onnx").load_file(folder / WEIGHTS_FILE)
         for graph in graphs.values():
             # Mapped pages, which the graphs only point to: `run` keeps them alive.
-            own = {name: weights[name] for name in graph.get_constant_fqns()}
+            names = graph.get_constant_fqns()
+            if missing := set(names) - set(weights):
+                raise ValueError(f"{folder / WEIGHTS_FILE} does not belong to the package: it lacks {min(missing)}")
+            own = {name: weights[name] for name in names}
             graph.load_constants(own, check_full_update=True, user_managed=True)
     else:
         weights = {}

@@ -129,7 +129,12 @@ def _attach_functions(model: Any, candidates: Candidates, ir: Any) -> None:
 
 
 def _load(folder: Path, config: ModelConfig, options: ExportOptions, plugin: bool | None) -> Run:
-    return load_onnx(folder, plugin=plugin)
+    try:
+        return load_onnx(folder, plugin=plugin)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "onnxruntime":  # its errors have no class in common
+            raise
+        raise ValueError(f"{folder / FILE} is refused by ONNX Runtime: {' '.join(str(error).split())}") from error
 
 
 def _how_to_load(options: ExportOptions, files: frozenset[str]) -> tuple[str, ...]:

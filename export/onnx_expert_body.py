@@ -19,8 +19,8 @@ GroupedMM (inputs, weights, ends) => (products)
   no_inputs_TD = Slice (inputs, zeros, zeros, zeros)
   any_weight_DI = Gather <axis: int = 0> (weights, zero)
   no_products_TI = MatMul (no_inputs_TD, any_weight_DI)
-  products = Loop (e, true, no_products_TI) <body = one_expert (int64 index, bool going, before_TI) => (more, after_TI) {
-    more = Identity (going)
+  products = Loop (e, true, no_products_TI) <body = one_expert (int64 index, bool on, before_TI) => (more, after_TI) {
+    more = Identity (on)
     expert = Reshape (index, last)
     start = Gather <axis: int = 0> (starts_E, expert)
     end = Gather <axis: int = 0> (ends_E, expert)
