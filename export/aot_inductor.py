@@ -187,7 +187,8 @@ def _how_to_load(options: ExportOptions, files: frozenset[str]) -> tuple[str, ..
     return (
         "import torch, safetensors.torch; from torch._inductor.package import load_package",
         f'model, weights = load_package("model.pt2", "{graph}"), safetensors.torch.load_file("model.safetensors")',
-        "model.load_constants({n: weights[n] for n in model.get_constant_fqns()}, check_full_update=True)",
+        "own = {name: weights[name] for name in model.get_constant_fqns()}; "
+        "model.load_constants(own, check_full_update=True, user_managed=True)  # own must stay alive",
         "logits, *present = model(*inputs)  # what manifest.json lists as inputs, in order, contiguous",
     )
 

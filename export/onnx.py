@@ -27,7 +27,7 @@ from ultramem.ops.tucker_topk import Candidates
 
 __all__ = ["BACKEND", "FILE", "export_onnx", "load_onnx", "register"]
 
-EXTERNAL_BYTES = 1_500_000_000  # a protobuf message ends at 2 GB
+EXTERNAL_BYTES = 256_000_000  # a protobuf message ends at 2 GB, and is copied where it is written
 
 
 def export_onnx(

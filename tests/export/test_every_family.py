@@ -58,6 +58,12 @@ def test_the_selection_has_every_value_twice():
     assert set(PAIRWISE) <= set(EVERY)
 
 
+@pytest.fixture(autouse=True)
+def quick_compiler(monkeypatch):
+    """The code around AOTInductor's kernels without optimisation: half of the time goes there."""
+    monkeypatch.setattr("torch._inductor.config.aot_inductor.compile_wrapper_opt_level", "O0")
+
+
 def check(folder, family, dtype, table, engine):
     manifest = export_model(build(FAMILIES[family]), engine, folder, options=ExportOptions(dtype=dtype, table=table))
     parity = manifest.parity
