@@ -10,13 +10,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ultramem.export import aot_inductor, manifest, onnx
+from ultramem.export import aot_inductor, huggingface, manifest, onnx
+from ultramem.export.huggingface import RunFacts
 from ultramem.export.manifest import Manifest
 from ultramem.export.parity import Run, measure_parity
-from ultramem.export.program import Program, capture
+from ultramem.export.program import PassRecord, Program, capture
 from ultramem.graph.transformer import Transformer
 
-ENGINES = ("onnx", "aoti")
+ENGINES = ("onnx", "aoti", "huggingface")
 
 _HOW_TO_LOAD = {
     "onnx": (
@@ -31,6 +32,7 @@ _HOW_TO_LOAD = {
         "inputs = [...]  # what manifest.json lists as inputs, in order, contiguous; cached keys may have length 0",
         "logits, *present = model(*inputs)",
     ),
+    "huggingface": huggingface.HOW_TO_LOAD,
 }
 
 
@@ -51,6 +53,7 @@ def export_model(
     to: str,
     out_dir: str | os.PathLike[str],
     *,
+    run: RunFacts | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Manifest:
@@ -58,8 +61,11 @@ def export_model(
 
     Args:
         model: a `Transformer` in eval mode, float32, on the CPU.
-        to: "onnx" (model.onnx) or "aoti" (model.pt2, native code for this kind of machine).
+        to: "onnx" (model.onnx), "aoti" (model.pt2, native code for this kind of machine) or "huggingface" (a folder
+            for transformers).
         out_dir: the folder to make, beside which a temporary one stands until all is done.
+        run: what a model card and tokenizer files are made from, where the export has them (see
+            `ultramem.runtime.run_facts`).
         overwrite: replace an earlier export there.
         progress: called with a line before each step.
 
@@ -79,12 +85,11 @@ def export_model(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        tell("capturing the graph")
-        program = capture(model)
-        tell(f"writing {to}")
-        program = _write(program, model, to, temporary)
+        passes = _export_huggingface(model, run, temporary, tell) if to == "huggingface" else _lower(
+            model, to, temporary, tell
+        )  # fmt: skip
         tell("comparing with eager")
-        written = _manifest(model, to, temporary, program)
+        written = _manifest(model, to, temporary, passes)
         manifest.write_manifest(temporary, written)
         _move(temporary, target)
     finally:
@@ -120,7 +125,7 @@ def check_engine(name: str) -> None:
     if name not in ENGINES:
         raise ValueError(
             f"an export must be to one of {', '.join(ENGINES)}, got {name!r} "
-            "(tensorrt and huggingface are not available in this version)"
+            "(tensorrt is not available in this version)"
         )
 
 
@@ -133,6 +138,25 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target} already holds an export: choose another folder, or overwrite it")
 
 
+def _export_huggingface(
+    model: Transformer, run: RunFacts | None, folder: Path, tell: Callable[[str], None]
+) -> tuple[PassRecord, ...]:
+    tell("writing huggingface")
+    huggingface.export_huggingface(model, run, folder)
+    return ()
+
+
+def _lower(model: Transformer, to: str, folder: Path, tell: Callable[[str], None]) -> tuple[PassRecord, ...]:
+    tell("capturing the graph")
+    program = capture(model)
+    tell(f"writing {to}")
+    program = _write(program, model, to, folder)
+    inputs, outputs = manifest.tensor_specs(model.config)
+    assert tuple(each.name for each in inputs) == program.input_names
+    assert tuple(each.name for each in outputs) == program.output_names
+    return program.passes
+
+
 def _write(program: Program, model: Transformer, to: str, folder: Path) -> Program:
     if to == "aoti":
         return aot_inductor.export_aoti(program, folder)
@@ -141,13 +165,13 @@ def _write(program: Program, model: Transformer, to: str, folder: Path) -> Progr
 
 
 def _load(engine: str, folder: Path) -> Run:
+    if engine == "huggingface":
+        return huggingface.load_huggingface(folder)
     return aot_inductor.load_aoti(folder) if engine == "aoti" else onnx.load_onnx(folder)
 
 
-def _manifest(model: Transformer, to: str, folder: Path, program: Program) -> Manifest:
+def _manifest(model: Transformer, to: str, folder: Path, passes: tuple[PassRecord, ...]) -> Manifest:
     inputs, outputs = manifest.tensor_specs(model.config)
-    assert tuple(each.name for each in inputs) == program.input_names
-    assert tuple(each.name for each in outputs) == program.output_names
     return Manifest(
         engine=to,
         model=model.config,
@@ -155,7 +179,7 @@ def _manifest(model: Transformer, to: str, folder: Path, program: Program) -> Ma
         inputs=inputs,
         outputs=outputs,
         files={path.name: manifest.file_record(path) for path in sorted(folder.iterdir())},
-        passes=program.passes,
+        passes=passes,
         parity=measure_parity(model, _load(to, folder)),
         how_to_load=_HOW_TO_LOAD[to],
         versions=manifest.versions(),

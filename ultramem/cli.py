@@ -104,7 +104,7 @@ def _build_parser() -> _Parser:
 
     sub = command("export", _export, "Lower a run to another engine, run the artefact and record its parity.")
     sub.add_argument("run_folder", type=Path, metavar="RUN")
-    sub.add_argument("--to", required=True, choices=EXPORTS)
+    sub.add_argument("--to", required=True, choices=(*EXPORTS, "huggingface"))
     sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="export folder to write")
 
     sub = command("profile", _profile, "Latency of a run or preset by engine, batch and stage.")
@@ -240,8 +240,9 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 def _export(args: argparse.Namespace) -> dict[str, Any]:
     from ultramem.export import export_model
     from ultramem.graph.weights import load
+    from ultramem.runtime.run_facts import run_facts
 
-    manifest = export_model(load(args.run_folder), args.to, args.out)
+    manifest = export_model(load(args.run_folder), args.to, args.out, run=run_facts(args.run_folder))
     document: dict[str, Any] = json.loads((args.out / "manifest.json").read_text())
     if not args.json:
         print(f"{args.out}: {manifest}")

@@ -1,0 +1,363 @@
+"""Memory layers in plain PyTorch: UltraMem, UltraMemV2, PKM, Memory+ and PEER. It stands beside the weights.
+
+A layer is five stages: query -> score -> select -> lookup -> expand.
+
+Shapes: B batch, S sequence, T = B*S tokens, D hidden size, H heads, R ranks, N side of the grid of addresses, M slots
+per head, K = H*M slots, C cores, E blocks, V value dim, P expert dim, W convolution width.
+"""
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # the name that everybody uses
+from torch import Tensor, nn
+
+from .configuration_ultramem import MemoryLayerConfig
+
+
+def _norm(config: MemoryLayerConfig) -> nn.Module:
+    if config.qk_norm == "none":
+        return nn.Identity()
+    if config.qk_norm == "rms":
+        return nn.RMSNorm(config.rank_key_dim, eps=config.qk_norm_eps)
+    return nn.LayerNorm(config.rank_key_dim, eps=config.qk_norm_eps, bias=False)
+
+
+class Query(nn.Module):
+    """Causal depthwise convolution over time, projection, norm per side (and per rank, if split)."""
+
+    def __init__(self, config: MemoryLayerConfig) -> None:
+        super().__init__()
+        heads = () if config.shared_query else (config.num_heads,)
+        ranks = (config.rank,) if config.rank_layout == "split" else ()
+        self.shape = (2, *heads, *ranks, config.rank_key_dim)
+        self.width = config.conv_width
+        self.conv_DW = nn.Parameter(torch.empty(config.hidden_size, self.width)) if self.width > 1 else None
+        out_features = 2 * config.key_dim * (1 if config.shared_query else config.num_heads)
+        self.proj = nn.Linear(config.hidden_size, out_features, bias=False)
+        self.norm = _norm(config)
+
+    def forward(self, inputs_BSD: Tensor) -> Tensor:
+        """Query [T,2,(H),(R),key]; the inputs begin with the W-1 before the sequence."""
+        length = inputs_BSD.shape[1] - (self.width - 1)
+        hidden_BSD = inputs_BSD
+        if self.conv_DW is not None:
+            taps = [inputs_BSD[:, tap : tap + length] * self.conv_DW[:, tap] for tap in range(self.width)]
+            hidden_BSD = sum(taps[1:], taps[0])
+        query: Tensor = self.norm(self.proj(hidden_BSD.flatten(0, 1)).unflatten(-1, self.shape))
+        return query
+
+
+class Score(nn.Module):
+    """Normed keys times query: row and column scores [T,H,R,N]."""
+
+    def __init__(self, config: MemoryLayerConfig) -> None:
+        super().__init__()
+        shape = (config.num_heads, 2, config.rank, config.grid_side, config.rank_key_dim)
+        self.keys_H2RNK = nn.Parameter(torch.empty(shape))
+        self.norm = _norm(config)
+        query = "t" + ("" if config.shared_query else "h") + ("r" if config.rank_layout == "split" else "") + "k"
+        self.equation = f"{query},hrnk->thrn"
+
+    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        row_query, col_query = query.unbind(1)
+        row_keys, col_keys = self.norm(self.keys_H2RNK).unbind(1)
+        return torch.einsum(self.equation, row_query, row_keys), torch.einsum(self.equation, col_query, col_keys)
+
+
+class Select(nn.Module):
+    """The best slots of the grid: `row^T core col` for rank 2 and above (TDQKR), `row + col` for rank 1 (PKM).
+
+    Tucker scores choose rows by `u^T row` and columns by `t^T col`, with (u, t) the leading singular pair of the summed
+    core, and rescore the cells where these cross. Of equal scores the lower address wins.
+    """
+
+    def __init__(self, config: MemoryLayerConfig) -> None:
+        super().__init__()
+        self.config = config
+        shape = (config.num_heads, config.num_cores, config.rank, config.rank)
+        self.cores_HCRR = nn.Parameter(torch.empty(shape)) if config.rank > 1 else None
+
+    def forward(self, row_THRN: Tensor, col_THRN: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [T,H,M,C] and addresses [T,H,M], `row * N + col`, best first."""
+        dtype = row_THRN.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        row_THRN, col_THRN = row_THRN.to(wide), col_THRN.to(wide)
+        scores, addresses = self._additive(row_THRN, col_THRN) if self.cores_HCRR is None else self._tucker(
+            row_THRN, col_THRN, self.cores_HCRR.to(wide)
+        )  # fmt: skip
+        scores = scores.to(dtype)
+        if self.config.score_function == "softmax":
+            scores = scores.softmax(dim=2, dtype=wide).to(dtype)
+        return scores, addresses
+
+    def _additive(self, row_TH1N: Tensor, col_TH1N: Tensor) -> tuple[Tensor, Tensor]:
+        row_THN, col_THN, m, n = row_TH1N[:, :, 0], col_TH1N[:, :, 0], self.config.top_m, self.config.grid_side
+        rows, cols = _top_positions(row_THN, m), _top_positions(col_THN, m)
+        cell = row_THN.gather(-1, rows).unsqueeze(-1) + col_THN.gather(-1, cols).unsqueeze(-2)
+        addresses = _top_addresses(cell, rows, cols, n, m)
+        scores = row_THN.gather(-1, addresses // n) + col_THN.gather(-1, addresses % n)
+        return scores.unsqueeze(-1), addresses
+
+    def _tucker(self, row_THRN: Tensor, col_THRN: Tensor, cores_HCRR: Tensor) -> tuple[Tensor, Tensor]:
+        config, n = self.config, self.config.grid_side
+        core_HRR = cores_HCRR.sum(1)
+        u_HR, t_HR = leading_singular_pair(core_HRR)
+        a_THN = (row_THRN * u_HR.to(row_THRN).unsqueeze(-1)).sum(2)
+        b_THN = (col_THRN * t_HR.to(col_THRN).unsqueeze(-1)).sum(2)
+        keep = config.num_candidates
+
+        def cells(rows: Tensor, cols: Tensor) -> Tensor:
+            left = torch.einsum("hrs,thri->thsi", core_HRR, _gather(row_THRN, rows))
+            return torch.einsum("thsi,thsj->thij", left, _gather(col_THRN, cols))
+
+        if config.candidates == "one_tailed":
+            rows, cols = _top_positions(a_THN, keep), _top_positions(b_THN, keep)
+            addresses = _top_addresses(cells(rows, cols), rows, cols, n, config.top_m)
+        else:
+            tail = math.ceil(0.71 * keep)
+            high = _top_positions(a_THN, tail), _top_positions(b_THN, tail)
+            low = _top_positions(-a_THN, tail), _top_positions(-b_THN, tail)
+            # With few rows the two ends overlap; a cell that both grids hold counts once.
+            row_twice, col_twice = (
+                (x.unsqueeze(-1) == y.unsqueeze(-2)).any(-1) for x, y in zip(low, high, strict=True)
+            )
+            twice = row_twice.unsqueeze(-1) & col_twice.unsqueeze(-2)
+            cell = torch.cat([cells(*high).flatten(2), cells(*low).masked_fill(twice, -torch.inf).flatten(2)], -1)
+            address = torch.cat([_cross(*high, n), _cross(*low, n)], -1)
+            addresses = _best(cell, address, config.top_m)
+        rows, cols = _gather(row_THRN, addresses // n), _gather(col_THRN, addresses % n)
+        return torch.einsum("thrm,hcrs,thsm->thmc", rows, cores_HCRR, cols), addresses
+
+
+def _gather(scores_THRN: Tensor, positions_THS: Tensor) -> Tensor:
+    return scores_THRN.gather(-1, positions_THS.unsqueeze(2).expand(-1, -1, scores_THRN.shape[2], -1))
+
+
+def _top_positions(scores_THN: Tensor, count: int) -> Tensor:
+    """Positions of the largest scores, in ascending order."""
+    position = torch.arange(scores_THN.shape[-1], device=scores_THN.device)
+    return _best(scores_THN, position.expand_as(scores_THN), count).sort(-1).values
+
+
+def _top_addresses(cell_THSS: Tensor, rows_THS: Tensor, cols_THS: Tensor, n: int, count: int) -> Tensor:
+    return _best(cell_THSS.flatten(2), _cross(rows_THS, cols_THS, n), count)
+
+
+def _cross(rows_THS: Tensor, cols_THS: Tensor, n: int) -> Tensor:
+    return (rows_THS.unsqueeze(-1) * n + cols_THS.unsqueeze(-2)).flatten(2)
+
+
+def _best(scores: Tensor, addresses: Tensor, count: int) -> Tensor:
+    """Addresses of the largest scores along the last axis, best first; of equal scores the lower address first."""
+    if scores.dtype == torch.float64:
+        addresses, order = addresses.sort(-1)
+        order = scores.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        return addresses.gather(-1, order)
+    # Score and address in one integer: torch.topk leaves ties to chance.
+    bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    packed = ordered * 2**32 + (2**32 - 1 - addresses)
+    return 2**32 - 1 - (packed.topk(count, dim=-1).values & (2**32 - 1))
+
+
+@torch.no_grad()
+def leading_singular_pair(core_HRR: Tensor) -> tuple[Tensor, Tensor]:
+    """Leading left and right singular vectors [H,R] in float32; their common sign makes `sum(u) + sum(t) >= 0`."""
+    core = core_HRR.float()
+    gram = (core.transpose(1, 2).unsqueeze(3) * core.unsqueeze(1)).sum(2)
+    if gram.shape[-1] == 2:  # the rotation that makes a 2 x 2 matrix diagonal
+        angle_H = 0.5 * torch.atan2(2 * gram[:, 0, 1], gram[:, 0, 0] - gram[:, 1, 1])
+        t_HR = torch.stack([angle_H.cos(), angle_H.sin()], dim=1)
+    else:  # 2^10 power iterations by squaring; the trace keeps the numbers in range
+        for _ in range(2):
+            trace_H = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+            gram = gram / trace_H.view(-1, 1, 1)
+            for _ in range(5):
+                gram = (gram.unsqueeze(3) * gram.unsqueeze(1)).sum(2)
+        largest = gram.diagonal(dim1=1, dim2=2).argmax(dim=1)
+        t_HR = _unit(gram[torch.arange(gram.shape[0], device=gram.device), largest])
+    u_HR = _unit((core * t_HR.unsqueeze(1)).sum(2))
+    sign_H1 = torch.where(u_HR.sum(1) + t_HR.sum(1) < 0, -1.0, 1.0).unsqueeze(1)
+    return u_HR * sign_H1, t_HR * sign_H1
+
+
+def _unit(vector_HR: Tensor) -> Tensor:
+    tiny = torch.finfo(vector_HR.dtype).tiny
+    scaled = vector_HR / vector_HR.abs().amax(1, keepdim=True).clamp_min(tiny)
+    return scaled / scaled.square().sum(1, keepdim=True).sqrt().clamp_min(tiny)
+
+
+class ValueTable(nn.Module):
+    """The rows that one memory layer reads, or that several share."""
+
+    experts_NP: nn.Parameter | None
+
+    def __init__(self, config: MemoryLayerConfig) -> None:
+        super().__init__()
+        self.values_NV = nn.Parameter(torch.empty(config.table_rows, config.value_dim))
+        experts = nn.Parameter(torch.empty(config.table_rows, config.expert_dim)) if config.expert_dim else None
+        self.register_parameter("experts_NP", experts)
+
+    def forward(self, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int) -> Tensor:
+        """Pooled rows [T,E,V] of virtual indices, `block * rows + row`; core c weights its own columns of a row."""
+        n, v = self.values_NV.shape
+        t, k, c = scores_TKC.shape
+        block_TK, order_TK = (indices_TK // n).sort(dim=1, stable=True)
+        core_C1 = torch.arange(c, device=indices_TK.device).unsqueeze(1)
+        rows_TCK = (indices_TK % n).gather(1, order_TK).unsqueeze(1) * c + core_C1
+        scores_TCK = scores_TKC.to(self.values_NV.dtype).gather(1, order_TK.unsqueeze(-1).expand(t, k, c)).mT
+        # A bag for each token, core and block, over the table seen as [N*C, V/C].
+        block_E = torch.arange(num_blocks, device=indices_TK.device)
+        first_TE = (block_TK.unsqueeze(1) < block_E.view(1, -1, 1)).sum(-1)
+        first_TCE = first_TE.unsqueeze(1) + torch.arange(t * c, device=indices_TK.device).view(t, c, 1) * k
+        pooled = F.embedding_bag(
+            rows_TCK.reshape(-1),
+            self.values_NV.view(n * c, v // c),
+            first_TCE.reshape(-1),
+            mode="sum",
+            per_sample_weights=scores_TCK.reshape(-1),
+        )
+        return pooled.view(t, c, num_blocks, v // c).transpose(1, 2).reshape(t, num_blocks, v).to(scores_TKC.dtype)
+
+    def expert_products(self, indices_TK: Tensor, query_TP: Tensor) -> Tensor:
+        """Products [T,K] of a query with the input rows of virtual indices."""
+        assert self.experts_NP is not None
+        rows_TKP = self.experts_NP[indices_TK % self.experts_NP.shape[0]]
+        return (rows_TKP * query_TP.unsqueeze(1)).sum(-1)
+
+
+class Lookup(nn.Module):
+    """Shuffles addresses, reads their rows in the table, and pools them per block.
+
+    Where slots are experts (PEER, UltraMemV2), the product of the input with a slot's input row multiplies its scores.
+    """
+
+    address_table: Tensor
+
+    def __init__(self, config: MemoryLayerConfig, index: int) -> None:
+        super().__init__()
+        self.config = config
+        self.first_row = index * config.knum**2 if config.table == "windows" else 0
+        self.expert_query = (
+            nn.Linear(config.hidden_size, config.expert_dim, bias=False) if config.expert_project else nn.Identity()
+        )
+        if config.permutation == "stored":
+            table = torch.empty(config.expansion * config.num_values, dtype=torch.int64)
+            self.register_buffer("address_table", table)
+
+    def forward(
+        self, scores_THMC: Tensor, addresses_THM: Tensor, hidden_TD: Tensor, table: ValueTable
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pooled rows [T,E,V], and the sum of the scores in each block [T,E] where the projection has biases."""
+        config = self.config
+        scores_TKC, indices_TK = scores_THMC.flatten(1, 2), self.virtual_indices(addresses_THM.flatten(1))
+        if config.expert_dim:
+            product_TK = table.expert_products(indices_TK, self.expert_query(hidden_TD))
+            activation_TK = F.gelu(product_TK) if config.expert_activation == "gelu" else product_TK
+            scores_TKC = scores_TKC * activation_TK.unsqueeze(-1)
+        rows_TEV = table(indices_TK, scores_TKC, config.expansion)
+        if not config.project_bias:
+            return rows_TEV, None
+        block_E = torch.arange(config.expansion, device=indices_TK.device)
+        member_TEK = (indices_TK // config.table_rows).unsqueeze(1) == block_E.view(1, -1, 1)
+        return rows_TEV, (member_TEK * scores_TKC.sum(-1).unsqueeze(1)).sum(-1)
+
+    def virtual_indices(self, addresses_TK: Tensor) -> Tensor:
+        """`block * rows of the table + row` of logical addresses."""
+        config = self.config
+        if config.permutation == "computed":
+            addresses_TK = permute_addresses(
+                addresses_TK, config.expansion * config.num_values, config.permutation_seed
+            )
+        elif config.permutation == "stored":
+            addresses_TK = self.address_table[addresses_TK]
+        row_TK = (addresses_TK % config.num_values + self.first_row) % config.table_rows
+        return addresses_TK // config.num_values * config.table_rows + row_TK
+
+
+def permute_addresses(addresses: Tensor, size: int, seed: int) -> Tensor:
+    """A keyed bijection of [0, size): two passes of a Feistel network on (address // b, address % b).
+
+    It covers the first a*b addresses, with a = isqrt(size) and b = size // a; a rotation between the passes mixes in
+    those behind them. Trained rows mean nothing under another permutation, so nothing here may change.
+    """
+    a = math.isqrt(size)
+    b = size // a
+    for first_round, rotation in ((0, 0), (4, size // 2)):
+        addresses = (addresses + rotation) % size
+        high, low = addresses // b, addresses % b
+        for index in range(4):
+            digest = hashlib.blake2b(f"{seed}/{first_round + index}".encode(), digest_size=16).digest()
+            m1, c1, m2, c2 = (int.from_bytes(digest[i : i + 4], "little") % 2**31 for i in (0, 4, 8, 12))
+            half, side = (low, a) if index % 2 == 0 else (high, b)
+            mixed = (half * (m1 // 2 + 2**30 | 1) + c1) % 2**31
+            mixed = mixed * mixed // 2**16 % 2**31
+            mixed = (mixed * (m2 // 2 + 2**30 | 1) + c2) // 2**16 % 2**31
+            added = mixed * side // 2**31
+            high, low = ((high + added) % a, low) if index % 2 == 0 else (high, (low + added) % b)
+        addresses = torch.where(addresses < a * b, high * b + low, addresses)
+    return addresses
+
+
+class Project(nn.Module):
+    """Blocks to the residual stream, `sum_p W_p pooled_p`, with a bias per block weighted by its score sum."""
+
+    def __init__(self, config: MemoryLayerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.expansion * config.value_dim))
+        shape = (config.expansion, config.hidden_size)
+        self.block_bias_ED = nn.Parameter(torch.empty(shape)) if config.project_bias else None
+
+    def forward(self, rows_TEV: Tensor, score_sums_TE: Tensor | None, hidden_TD: Tensor) -> Tensor:
+        output_TD = F.linear(rows_TEV.flatten(1), self.weight)
+        if self.block_bias_ED is None:
+            return output_TD
+        assert score_sums_TE is not None
+        return output_TD + score_sums_TE @ self.block_bias_ED
+
+
+class GatedOutput(nn.Module):
+    """Memory+: `W2(pooled * silu(W1 x))`, both with bias."""
+
+    def __init__(self, config: MemoryLayerConfig) -> None:
+        super().__init__()
+        width = config.expansion * config.value_dim
+        self.gate = nn.Linear(config.hidden_size, width)
+        self.out = nn.Linear(width, config.hidden_size)
+
+    def forward(self, rows_TEV: Tensor, score_sums_TE: Tensor | None, hidden_TD: Tensor) -> Tensor:
+        output_TD: Tensor = self.out(rows_TEV.flatten(1) * F.silu(self.gate(hidden_TD)))
+        return output_TD
+
+
+class NoOutput(nn.Module):
+    """The pooled rows themselves (PKM, PEER)."""
+
+    def forward(self, rows_TEV: Tensor, score_sums_TE: Tensor | None, hidden_TD: Tensor) -> Tensor:
+        return rows_TEV.flatten(1)
+
+
+class MemoryLayer(nn.Module):
+    """One memory layer; `index` is its place among those that share a table."""
+
+    def __init__(self, config: MemoryLayerConfig, index: int) -> None:
+        super().__init__()
+        self.query = Query(config)
+        self.score = Score(config)
+        self.select = Select(config)
+        self.lookup = Lookup(config, index)
+        self.table = ValueTable(config) if config.table == "own" else None
+        outputs = {"project": Project, "gated": GatedOutput}
+        self.expand = outputs[config.output](config) if config.output in outputs else NoOutput()
+
+    def forward(self, inputs_BSD: Tensor, length: int, shared_table: ValueTable | None) -> Tensor:
+        """Output [B,S,D] for the last `length` inputs; those before are what the convolution looks back on."""
+        table = shared_table if self.table is None else self.table
+        hidden_BSD = inputs_BSD[:, inputs_BSD.shape[1] - length :]
+        hidden_TD = hidden_BSD.flatten(0, 1)
+        scores, addresses = self.select(*self.score(self.query(inputs_BSD)))
+        rows_TEV, score_sums_TE = self.lookup(scores, addresses, hidden_TD, table)
+        output_BSD: Tensor = self.expand(rows_TEV, score_sums_TE, hidden_TD).view(hidden_BSD.shape)
+        return output_BSD
