@@ -186,7 +186,7 @@ def test_a_cache_that_would_lose_inputs_is_refused(exported):
     from ultramem.export.huggingface.modeling_ultramem import UltraMemForCausalLM
 
     model = UltraMemForCausalLM.from_pretrained(exported[0])
-    with pytest.raises(TypeError, match="cache must be an UltraMemCache.*got DynamicCache"):
+    with pytest.raises(TypeError, match=r"cache must be an UltraMemCache.*got DynamicCache"):
         model(torch.tensor([[1, 2]]), cache=DynamicCache())
     with pytest.raises(ValueError, match="cache_implementation must be None or 'dynamic' for this model, got 'static'"):
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, cache_implementation="static")
