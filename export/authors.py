@@ -166,7 +166,7 @@ def _signs(cores_HCRR: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
     """
     ours = leading_singular_pair(cores_HCRR.sum(1))
     stored = [vector.detach().float().reshape(vector_HR.shape) for vector, vector_HR in zip(pair, ours, strict=True)]
-    cosine_H = sum((a * b).sum(1) for a, b in zip(stored, ours, strict=True)) / 2
+    cosine_H = torch.stack([(a * b).sum(1) for a, b in zip(stored, ours, strict=True)]).mean(0)
     unset_H = torch.stack([vector.abs().sum(1) for vector in stored]).sum(0) == 0
     for head, (cosine, unset) in enumerate(zip(cosine_H.tolist(), unset_H.tolist(), strict=True)):
         if not unset and not abs(cosine) >= _MIN_COSINE:

@@ -87,6 +87,11 @@ def probe(path, inputs):
     }
 
 
+def end_tokens(path):
+    config = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).generation_config
+    return config.bos_token_id, config.eos_token_id, config.pad_token_id
+
+
 def main(folder):
     assert not importable()
     warnings.filterwarnings("error", message=".*(not initialized|deprecated).*")
@@ -102,6 +107,7 @@ def main(folder):
             "padding": tokenizer(texts, padding=True, return_tensors="pt")["attention_mask"],
             "special": (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id),
             "max_length": tokenizer.model_max_length,
+            "generation": end_tokens(folder / name),
         }
     torch.save(outputs, folder / "outputs.pt")
 

@@ -223,5 +223,5 @@ def test_auto_tokenizer_gives_the_runs_tokens(folder, kind):
     lengths = torch.tensor([len(ids) for ids in found["ids"]])
     places = torch.arange(lengths.max())
     assert torch.equal(found["padding"].bool(), places >= (lengths.max() - lengths).unsqueeze(1))  # on the left
-    assert found["special"] == (tokenizer.end_of_text,) * 3
+    assert found["special"] == found["generation"] == (tokenizer.end_of_text,) * 3
     assert found["max_length"] == 4096
