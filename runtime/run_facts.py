@@ -8,6 +8,7 @@ from typing import Any
 
 from ultramem.export.huggingface.run_facts import RunFacts
 from ultramem.graph.weights import read_config
+from ultramem.runtime.best import read_best
 from ultramem.runtime.hugging_face_tokenizer import HuggingFaceTokenizer
 from ultramem.runtime.run import RunFolder
 from ultramem.runtime.tokenizer import load_tokenizer
@@ -17,7 +18,7 @@ _SECTIONS = ("train", "data", "environment")
 
 
 def run_facts(run_folder: str | os.PathLike[str]) -> RunFacts:
-    """Read a run folder.
+    """Read a run folder, or the folder of its best weights, whose figures are those of their step.
 
     Raises:
         FileNotFoundError: it has no config.json.
@@ -27,12 +28,18 @@ def run_facts(run_folder: str | os.PathLike[str]) -> RunFacts:
     folder = Path(run_folder)
     document = read_config(folder)
     tokenizer = load_tokenizer(folder)
+    name, rows = folder.resolve().name, RunFolder(folder).read_metrics()
+    if (best := read_best(folder)) is not None:
+        run = folder.resolve().parent
+        name = f"{run.name}, best weights"
+        rows = [row for row in RunFolder(run).read_metrics() if row["step"] == best.step]
     return RunFacts(
-        name=folder.resolve().name,
+        name=name,
         tokenizer=tokenizer.to_dict()["tokenizer"] if isinstance(tokenizer, HuggingFaceTokenizer) else None,
         end_of_text=tokenizer.end_of_text,
+        vocab_size=tokenizer.vocab_size,
         config={section: document[section] for section in _SECTIONS if section in document},
-        evaluations=_evaluations(RunFolder(folder).read_metrics()),
+        evaluations=_evaluations(rows),
     )
 
 

@@ -55,6 +55,10 @@ def export_huggingface(model: Transformer, run: RunFacts | None, folder: Path) -
     from ultramem.export.huggingface.configuration_ultramem import UltraMemConfig
 
     dtype = _one_dtype(model)
+    if run is not None and run.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"the model's vocab_size must be the {run.vocab_size} of the run's tokenizer, got {model.config.vocab_size}"
+        )
     end_of_text = None if run is None else run.end_of_text
     config = UltraMemConfig(
         **hugging_face_fields(model.config),

@@ -14,6 +14,7 @@ class RunFacts:
         name: of the run.
         tokenizer: a Hugging Face tokenizer.json, or None for bytes as tokens.
         end_of_text: id of the token before each document.
+        vocab_size: token ids are below this.
         config: sections of config.json: "train", "data", "environment".
         evaluations: the last row of metrics.jsonl for each split that was evaluated, by its name.
     """
@@ -21,5 +22,6 @@ class RunFacts:
     name: str
     tokenizer: dict[str, Any] | None
     end_of_text: int
+    vocab_size: int
     config: dict[str, Any] = field(default_factory=dict)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)

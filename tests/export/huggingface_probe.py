@@ -14,7 +14,7 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed  # noqa: E402
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
 
@@ -35,6 +35,17 @@ def steps(model, tokens, mask, prompt):
     for end in range(prompt + 1, tokens.shape[1] + 1):
         output = model(tokens[:, end - 1 : end], attention_mask=mask[:, :end], cache=output.cache)
         pieces.append(output.logits)
+    return torch.cat(pieces, 1)
+
+
+@torch.inference_mode()
+def chunks(model, tokens, mask, sizes=(3, 50, 4)):
+    """Logits of a prompt that is read in several pieces, the last of which holds the rest."""
+    pieces, cache, start = [], None, 0
+    for end in (*torch.tensor(sizes).cumsum(0).tolist(), tokens.shape[1]):
+        output = model(tokens[:, start:end], attention_mask=mask[:, :end], cache=cache)
+        pieces.append(output.logits)
+        cache, start = output.cache, end
     return torch.cat(pieces, 1)
 
 
@@ -68,6 +79,7 @@ def probe(path, inputs):
         last = model(tokens, attention_mask=mask, logits_to_keep=2).logits
         loss = model(tokens, labels=tokens).loss
         reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)(tokens, attention_mask=mask)
+        base = AutoModel.from_pretrained(path, trust_remote_code=True)(tokens, attention_mask=mask).last_hidden_state
     eager = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, attn_implementation="eager")
     with torch.inference_mode():
         weights = eager(tokens, attention_mask=mask, output_attentions=True)
@@ -77,6 +89,8 @@ def probe(path, inputs):
         "again_files": sorted(each.name for each in again.iterdir()),
         "steps": [steps(model, *each) for each in inputs["steps"]],
         "whole": whole.logits,
+        "chunks": chunks(model, tokens, mask),
+        "base": base,
         "hidden_states": whole.hidden_states,
         "last": last,
         "loss": loss,

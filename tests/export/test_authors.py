@@ -56,7 +56,7 @@ def released_forward(state, hidden_TD, norm):
         for head in range(H):
             keys = state["keys"][head]  # [2,N,K,R]
             row, col = (
-                torch.stack([normed(keys[side, :, :, r], state["keys_norm.weight"]) @ sides[side] for r in range(R)])
+                torch.stack([normed(key, state["keys_norm.weight"]) @ sides[side] for key in keys[side].unbind(-1)])
                 for side in (0, 1)
             )
             rows = (state["tucker_core_u"][0, head, 0] @ row).topk(TOP_M).indices.tolist()
@@ -91,10 +91,10 @@ def test_sizes_are_read_off_the_weights():
     assert (config.qk_norm, config.qk_norm_eps, config.permutation, config.conv_width) == ("rms", EPS, "stored", 1)
 
 
-@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize(("norm", "rank"), [("rms", 2), ("rms", 3), ("layer", 2)])
 @pytest.mark.parametrize("signs", [(1, 1), (-1, 1), (-1, -1)])
-def test_the_imported_layer_computes_what_theirs_does(signs, norm):
-    state = released_state(signs=signs)
+def test_the_imported_layer_computes_what_theirs_does(signs, norm, rank):
+    state = released_state(signs=signs, rank=rank)
     config = config_of(state, norm)
     layer = UltraMemLayer(config)
     layer.load_state_dict(import_authors_layer(state, config).weights)

@@ -79,7 +79,9 @@ def tokenizers():
 
 def facts(tokenizer):
     document = tokenizer.to_dict().get("tokenizer")
-    return RunFacts(name="a-run", tokenizer=document, end_of_text=tokenizer.end_of_text)
+    return RunFacts(
+        name="a-run", tokenizer=document, end_of_text=tokenizer.end_of_text, vocab_size=tokenizer.vocab_size
+    )
 
 
 def make_inputs():
@@ -172,6 +174,8 @@ def test_without_a_cache_and_saved_again(found):
     tokens, mask, _ = make_inputs()["steps"][-1]
     real = mask.bool()
     torch.testing.assert_close(found["whole"][real], found["steps"][-1][real], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["chunks"][real], found["whole"][real], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["base"][real], found["hidden_states"][-1][real], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["eager_attention"][real], found["whole"][real], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["last"], found["whole"][:, -2:], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["again"][real], found["whole"][real], rtol=1e-4, atol=1e-5)

@@ -27,6 +27,7 @@ FACTS = RunFacts(
     name="my-run",
     tokenizer=None,
     end_of_text=256,
+    vocab_size=257,
     config={
         "train": TRAIN,
         "data": {"name": "austen", "sha256": "ab12"},
@@ -85,7 +86,7 @@ def test_a_card_invents_nothing():
     assert "## Figures" not in bare
     assert "## Training" not in bare
     assert "no tokenizer" in bare
-    empty = model_card(DENSE, RunFacts(name="x", tokenizer=None, end_of_text=256))
+    empty = model_card(DENSE, RunFacts(name="x", tokenizer=None, end_of_text=256, vocab_size=257))
     assert "holds no evaluation" in empty
     assert "does not say how it was trained" in empty
 
@@ -177,6 +178,12 @@ def test_mixed_dtypes_are_refused_and_leave_nothing(tmp_path):
     model.memories[0].table.to(torch.bfloat16)
     with pytest.raises(ValueError, match="all weights must have one dtype to be exported, got bfloat16, float32"):
         export_model(model, "huggingface", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="vocab_size must be the 257 of the run's tokenizer, got 64"):
+        export_model(build(CONFIG), "huggingface", tmp_path / "out", run=FACTS)
     assert not list(tmp_path.iterdir())
 
 
