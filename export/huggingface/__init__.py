@@ -22,7 +22,13 @@ from ultramem.export.huggingface.tokenizer_files import write_tokenizer
 from ultramem.export.parity import Run
 from ultramem.graph.transformer import Transformer
 
-CODE_FILES = ("cache_ultramem.py", "configuration_ultramem.py", "memory_ultramem.py", "modeling_ultramem.py")
+CODE_FILES = (
+    "cache_ultramem.py",
+    "configuration_ultramem.py",
+    "memory_ultramem.py",
+    "modeling_ultramem.py",
+    "selection_ultramem.py",
+)
 WEIGHTS_FILE = "model.safetensors"
 HOW_TO_LOAD = (
     "from transformers import AutoModelForCausalLM, AutoTokenizer",

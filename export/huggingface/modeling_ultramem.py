@@ -1,6 +1,6 @@
 """A decoder with memory layers, for `transformers`: plain PyTorch, nothing of the package `ultramem`.
 
-Memory layers are in memory_ultramem.py, the cache in cache_ultramem.py; all four files stand beside the weights.
+Memory layers are in memory_ultramem.py, the cache in cache_ultramem.py; all of these files stand beside the weights.
 Losses that only training from scratch needs (balance of experts, singular values of cores) are not here.
 
 Shapes: B batch, S new tokens, P cached and new tokens, D hidden size, A attention heads, X head dim, T = B*S tokens,
@@ -22,7 +22,8 @@ from transformers.utils import can_return_tuple
 
 from .cache_ultramem import UltraMemCache
 from .configuration_ultramem import UltraMemConfig
-from .memory_ultramem import MemoryLayer, Select, ValueTable
+from .memory_ultramem import MemoryLayer, ValueTable
+from .selection_ultramem import Select
 
 
 def eager_attention_forward(

@@ -13,7 +13,7 @@ from exported import CONFIG, DENSE, MEMORY, build, once
 
 from ultramem import MoEConfig
 from ultramem.export import export_model
-from ultramem.export.huggingface import RunFacts
+from ultramem.export.huggingface import CODE_FILES, RunFacts
 from ultramem.export.huggingface.names import hugging_face_state
 from ultramem.runtime.hugging_face_tokenizer import train_bpe
 from ultramem.runtime.tokenizer import ByteTokenizer
@@ -179,8 +179,7 @@ def test_without_a_cache_and_saved_again(found):
     torch.testing.assert_close(found["eager_attention"][real], found["whole"][real], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["last"], found["whole"][:, -2:], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["again"][real], found["whole"][real], rtol=1e-4, atol=1e-5)
-    files = {"config.json", "model.safetensors", "modeling_ultramem.py", "memory_ultramem.py", "cache_ultramem.py"}
-    assert files <= set(found["again_files"])
+    assert {"config.json", "model.safetensors", *CODE_FILES} <= set(found["again_files"])
     assert found["attentions"][0].shape == (*tokens.shape[:1], 2, tokens.shape[1], tokens.shape[1])
 
 
