@@ -16,20 +16,13 @@ from torch import nn
 
 import ultramem
 from ultramem.config import ModelConfig, from_dict, to_dict
-from ultramem.export.parity import Parity
+from ultramem.export.options import ExportOptions
+from ultramem.export.parity import CaseError, Parity, Rounding
 from ultramem.export.program import PassRecord
+from ultramem.export.signature import TensorSpec
 
 FILE = "manifest.json"
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorSpec:
-    """An input or output; a free size is a name or a sum of names."""
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +38,10 @@ class Manifest:
     """The document of manifest.json."""
 
     engine: str
+    options: ExportOptions
     model: ModelConfig
     weights_sha256: str
+    """Of the model that was exported, before any rounding."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     files: dict[str, FileRecord]
@@ -59,7 +54,8 @@ class Manifest:
 
     def __str__(self) -> str:
         size = sum(file.bytes for file in self.files.values())
-        return f"{self.engine}, {size / 1e6:.1f} MB, {self.parity}"
+        types = "/".join(filter(None, (self.options.dtype, self.options.table)))
+        return f"{self.engine} {types}, {size / 1e6:.1f} MB, {self.parity}"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -86,46 +82,45 @@ def read_manifest(folder: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} must have format_version {FORMAT_VERSION}, got {version!r}")
     try:
-        return Manifest(
+        found = Manifest(
             **{
                 **document,
+                "options": _options(document["options"]),
                 "model": from_dict(ModelConfig, document["model"]),
                 "inputs": _specs(document["inputs"]),
                 "outputs": _specs(document["outputs"]),
                 "files": {name: FileRecord(**file) for name, file in document["files"].items()},
                 "passes": tuple(PassRecord(**each) for each in document["passes"]),
-                "parity": Parity(**document["parity"]),
+                "parity": _parity(document["parity"]),
                 "how_to_load": tuple(document["how_to_load"]),
             }
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    for name in found.files:
+        if name != Path(name).name or name in ("", "..", FILE) or "\\" in name:
+            raise ValueError(f"{path} is damaged: files must be names in the folder itself, got {name!r}")
+    return found
+
+
+def _options(document: dict[str, Any]) -> ExportOptions:
+    static = document["static"]
+    return ExportOptions(**{**document, "static": None if static is None else tuple(static)})
 
 
 def _specs(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name=each["name"], shape=tuple(each["shape"]), dtype=each["dtype"]) for each in items)
 
 
-def tensor_specs(config: ModelConfig) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs of an exported model, in order."""
-    conv = ("batch", config.hidden_size, config.conv_length)
-
-    def state(key_name: str, conv_name: str, length: str) -> list[TensorSpec]:
-        keys = ("batch", config.num_heads, length, config.head_dim)
-        pairs = [f"{key_name}.{i}.{side}" for i in range(config.num_layers) for side in ("key", "value")]
-        convs = [f"{conv_name}.{j}" for j in range(config.num_convs)]
-        return [TensorSpec(name=name, shape=keys, dtype="float32") for name in pairs] + [
-            TensorSpec(name=name, shape=conv, dtype="float32") for name in convs
-        ]
-
-    inputs = [
-        TensorSpec(name="input_ids", shape=("batch", "seq"), dtype="int64"),
-        TensorSpec(name="attention_mask", shape=("batch", "past + seq"), dtype="int64"),
-        TensorSpec(name="position_ids", shape=("batch", "seq"), dtype="int64"),
-        *state("past_key_values", "past_conv", "past"),
-    ]
-    logits = TensorSpec(name="logits", shape=("batch", "seq", config.vocab_size), dtype="float32")
-    return tuple(inputs), (logits, *state("present", "present_conv", "past + seq"))
+def _parity(document: dict[str, Any]) -> Parity:
+    rounding = document["rounding"]
+    return Parity(
+        **{
+            **document,
+            "cases": tuple(CaseError(**each) for each in document["cases"]),
+            "rounding": None if rounding is None else Rounding(**rounding),
+        }
+    )
 
 
 def file_record(path: Path) -> FileRecord:

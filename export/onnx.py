@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ultramem.config import ModelConfig
 from ultramem.export import onnx_functions
+from ultramem.export.backend import Backend, Run
 from ultramem.export.extras import quiet_exporters, require
+from ultramem.export.onnx_plugin import register
+from ultramem.export.onnx_session import FILE, load_onnx
 from ultramem.export.onnx_stages import OTHER_STAGE, stage_of_module
-from ultramem.export.program import Program, simplify
+from ultramem.export.options import ExportOptions
+from ultramem.export.program import PassRecord, Program, capture, records_of, simplify
+from ultramem.graph.transformer import Transformer
 from ultramem.ops.tucker_topk import Candidates
 
-FILE = "model.onnx"
+__all__ = ["BACKEND", "FILE", "export_onnx", "load_onnx", "register"]
+
 EXTERNAL_BYTES = 1_500_000_000  # a protobuf message ends at 2 GB
 
 
@@ -64,30 +69,18 @@ def export_onnx(
     return program
 
 
-def load_onnx(folder: Path, *, threads: int | None = None) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
-    """The model as a function of its inputs, in order, run by ONNX Runtime on the CPU.
-
-    Raises:
-        ImportError: onnxruntime is missing.
-    """
-    runtime = require("onnxruntime", "onnx")
-    options = runtime.SessionOptions()
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    session = runtime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
-    names = [each.name for each in session.get_inputs()]
-
-    def run(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        feeds = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
-        return tuple(torch.from_numpy(output) for output in session.run(None, feeds))
-
-    return run
+def write_onnx(model: Transformer, options: ExportOptions, folder: Path) -> tuple[PassRecord, ...]:
+    """Write the model as one graph of the sizes that the options ask for."""
+    memory = model.config.memory
+    program = capture(model, batch=options.batch, seq=options.seq)
+    return records_of({"model": export_onnx(program, folder, candidates=memory.candidates if memory else "one_tailed")})
 
 
 def _name_sizes(graph: Any, ir: Any) -> None:
     """Call the free sizes batch, seq and past, everywhere."""
     ids, key = graph.inputs[0], graph.inputs[3]
-    names = {str(ids.shape[0]): "batch", str(ids.shape[1]): "seq", str(key.shape[2]): "past"}
+    sizes = ((ids.shape[0], "batch"), (ids.shape[1], "seq"), (key.shape[2], "past"))
+    names = {str(size): name for size, name in sizes if not isinstance(size, int)}
     pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in names))
     values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
     for value in values:
@@ -120,12 +113,40 @@ def _name_nodes(graph: Any) -> None:
 
 def _attach_functions(model: Any, candidates: Candidates, ir: Any) -> None:
     """Give every node of this package its plugin attributes, and the model the bodies of those that it has."""
-    bodies = onnx_functions.function_protos(candidates)
-    for node in model.graph:
-        if node.domain == onnx_functions.DOMAIN:
-            # TensorRT's parser looks a plugin up by these, and takes the body where it finds none.
-            for name, value in (("plugin_namespace", onnx_functions.DOMAIN), ("plugin_version", "1")):
-                node.attributes[name] = ir.AttrString(name, value)
-            function = ir.serde.deserialize_function(bodies[node.op_type])
-            model.functions[function.identifier()] = function
+    ours = [node for node in model.graph if node.domain == onnx_functions.DOMAIN]
+    widths = sorted({node.attributes["bits"].value for node in ours if "bits" in node.attributes})
+    if len(widths) > 1:
+        raise ValueError(f"the quantised tables of an ONNX file must have the same bits, got {widths}")
+    double = any(each.dtype == ir.DataType.DOUBLE for node in ours for each in node.inputs)
+    bodies = onnx_functions.function_protos(candidates, bits=widths[0] if widths else 8, double=double)
+    for node in ours:
+        # TensorRT's parser looks a plugin up by these, and takes the body where it finds none.
+        for name, value in (("plugin_namespace", onnx_functions.DOMAIN), ("plugin_version", "1")):
+            node.attributes[name] = ir.AttrString(name, value)
+        function = ir.serde.deserialize_function(bodies[node.op_type])
+        model.functions[function.identifier()] = function
     model.opset_imports[onnx_functions.DOMAIN] = onnx_functions.VERSION
+
+
+def _load(folder: Path, config: ModelConfig, options: ExportOptions, plugin: bool | None) -> Run:
+    return load_onnx(folder, plugin=plugin)
+
+
+def _how_to_load(options: ExportOptions, files: frozenset[str]) -> tuple[str, ...]:
+    return (
+        "import onnxruntime",
+        'session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])',
+        "feeds = {...}  # the inputs that manifest.json lists, by name, as numpy arrays; cached keys may have length 0",
+        "logits, *present = session.run(None, feeds)",
+    )
+
+
+BACKEND = Backend(
+    name="onnx",
+    files=(FILE, f"{FILE}.data"),
+    write=write_onnx,
+    load=_load,
+    how_to_load=_how_to_load,
+    dtypes=("fp32", "fp16"),
+    lacks={"bf16": "stock ONNX Runtime has no bfloat16 kernels on a CPU"},
+)

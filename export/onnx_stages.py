@@ -18,14 +18,15 @@ _MODULE = re.compile(
     r"(?:model\.)?(embedding|norm|head|blocks\.\d+\.(?:attention|mlp)|memories\.\d+)(?:_norm)?"
     r"(\.query|\.score|\.select|\.lookup|\.expand)?(?=\.|$)"
 )
-_INLINED = re.compile(r"_inlfunc_(LookupDot|LookupReduce|PermuteAddresses|ProductTopK|TuckerTopK)_")
 _STAGE_OF_OP = {
     "LookupDot": "lookup",
     "LookupReduce": "lookup",
+    "LookupReduceQuantized": "lookup",
     "PermuteAddresses": "lookup",
     "ProductTopK": "select",
     "TuckerTopK": "select",
 }
+_INLINED = re.compile(rf"_inlfunc_({'|'.join(_STAGE_OF_OP)})_")
 
 
 def stage_of_module(path: str) -> str:

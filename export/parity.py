@@ -1,115 +1,208 @@
-"""How far an exported model is from eager, measured against how far eager float32 is from float64."""
+"""How far an exported model is from eager, and how far rounded weights are from the original ones.
+
+Two questions, kept apart. Does the engine compute what eager does? Its logits are held against eager float32 of the
+very weights that it has, after their rounding. What is allowed is measured, not guessed: FACTOR times the error that
+eager itself makes in the type of the export, against float64 of those weights. And what did the rounding cost? That is
+the distance of eager float32 before and after, and bits per byte of held-out text where there is some.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ultramem.config import ModelConfig
-from ultramem.export.program import FlatModel, empty_state, flat_inputs
+from ultramem.export.backend import Run
+from ultramem.export.feeding import Case, cases, eager_run, greedy_tokens, logits_of
+from ultramem.export.options import ExportOptions
+from ultramem.graph.gathered_table import in_precision
 from ultramem.graph.transformer import Transformer
 
-Run = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
-
-# An engine adds in another order than eager, which costs about what float32 itself costs; 4 leaves room for the luck
+# An engine adds in another order than eager, which costs about what the type itself costs; 4 leaves room for the luck
 # of one draw.
 FACTOR = 4
 SEED = 0
-PROMPT = 17
-PADDING = 5
-STEPS = 4
-GREEDY_PROMPTS = (1, 7)
-GREEDY_TOKENS = 16
+
+BitsPerByte = Callable[[Transformer], float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaseError:
+    """Logit errors of one prompt and the tokens after it."""
+
+    batch: int
+    prompt: int
+    steps: int
+    """Calls after the prompt, of one token each (or of the fixed number that the graph takes)."""
+    max_error: float
+    mean_error: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rounding:
+    """What the rounding of weights changed, in eager PyTorch."""
+
+    max_difference: float
+    """Of logits."""
+    mean_difference: float
+    bits_per_byte: float | None
+    """Of the original weights on held-out text; None where there is none."""
+    bits_per_byte_rounded: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parity:
-    """Logit errors over a left-padded prompt and decoding steps, and agreement of greedy tokens."""
+    """Logit errors of the engine over prompts, one row left-padded, and decoding; and agreement of greedy tokens."""
 
     seed: int
     max_error: float
-    """Largest difference from eager float32."""
+    """Largest difference from eager float32 of the same rounded weights."""
     mean_error: float
     eager_error: float
-    """Largest difference of eager float32 from eager float64 on the same inputs."""
+    """Largest error of eager in the type of the export, against eager float64 of the same rounded weights."""
     allowed: float
     """FACTOR times `eager_error`."""
+    cases: tuple[CaseError, ...]
     greedy_tokens: int
-    """Tokens decoded greedily on both sides."""
+    """Tokens decoded greedily on both sides; 0 where the graph does not take single tokens."""
     greedy_equal: int
     """How many of them agree."""
+    rounding: Rounding | None
+    """None where the weights are as they were."""
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"largest logit error {self.max_error:.2g} ({self.allowed:.2g} allowed), "
             f"{self.greedy_equal} of {self.greedy_tokens} greedy tokens equal"
         )
+        if self.rounding is not None:
+            text += f", rounding moved logits by up to {self.rounding.max_difference:.2g}"
+            if self.rounding.bits_per_byte is not None and self.rounding.bits_per_byte_rounded is not None:
+                text += f" and bits per byte from {self.rounding.bits_per_byte:.4f} to "
+                text += f"{self.rounding.bits_per_byte_rounded:.4f}"
+        return text
 
 
-def measure_parity(model: Transformer, run: Run) -> Parity:
-    """Run the same tokens through the engine, eager float32 and eager float64.
+def measure_parity(
+    model: Transformer,
+    rounded: Transformer,
+    options: ExportOptions,
+    run: Run,
+    *,
+    seq: int | None = None,
+    bits_per_byte: BitsPerByte | None = None,
+) -> Parity:
+    """Run the same tokens through the engine and through eager in float64, in float32 and in the type of the export.
+
+    Args:
+        model: as it was trained, float32.
+        rounded: with the weights that were exported.
+        options: of the export.
+        run: the engine.
+        seq: the only number of new tokens that the engine takes; None: any.
+        bits_per_byte: of a model on held-out text.
 
     Raises:
         ValueError: the engine's largest error is not within what is allowed.
     """
+    engines = _Engines(
+        run=run,
+        eager=eager_run(rounded if options.dtype == "fp32" else in_precision(rounded, torch.float32)),
+        exact=eager_run(in_precision(rounded, torch.float64)),
+        own=None if options.dtype == "fp32" else eager_run(rounded),
+        before=None if rounded is model else eager_run(model),
+    )
     config = model.config
-    exact = FlatModel(copy.deepcopy(model).double().eval())
-    eager = FlatModel(model)
-    expected = _logits(_eager(eager), config, torch.float32)
-    eager_error = (expected - _logits(_eager(exact), config, torch.float64)).abs().max().item()
-    errors = (_logits(run, config, torch.float32) - expected).abs()
-    pairs = [
-        pair
-        for length in GREEDY_PROMPTS
-        for pair in zip(_greedy(run, config, length), _greedy(_eager(eager), config, length), strict=True)
-    ]
+    wanted = cases(config, batch=options.batch, seq=seq)
+    found = [_compare(engines, config, case, options.torch_dtype) for case in wanted]
+    pairs: list[tuple[int, int]] = []
+    for case in wanted:
+        if case.steps and seq in (None, 1):
+            ours = greedy_tokens(run, config, case, options.torch_dtype, seed=SEED)
+            pairs += zip(ours, greedy_tokens(engines.eager, config, case, torch.float32, seed=SEED), strict=True)
+    eager_error = max(each.own.max for each in found)
     parity = Parity(
         seed=SEED,
-        max_error=errors.max().item(),
-        mean_error=errors.mean().item(),
+        max_error=max(each.ours.max for each in found),
+        mean_error=_mean(each.ours for each in found),
         eager_error=eager_error,
         allowed=FACTOR * eager_error,
+        cases=tuple(
+            CaseError(
+                batch=case.batch,
+                prompt=case.prompt,
+                steps=case.steps,
+                max_error=each.ours.max,
+                mean_error=_mean([each.ours]),
+            )
+            for case, each in zip(wanted, found, strict=True)
+        ),
         greedy_tokens=len(pairs),
         greedy_equal=sum(ours == theirs for ours, theirs in pairs),
+        rounding=_rounding([each.moved for each in found if each.moved], model, rounded, bits_per_byte),
     )
     if not parity.max_error <= parity.allowed:  # NaN must not pass
         raise ValueError(f"the exported model does not compute what eager does: {parity}")
     return parity
 
 
-def _eager(model: FlatModel) -> Run:
-    def run(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        with torch.inference_mode():
-            return model(*inputs)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
-
-    return run
-
-
-def _logits(run: Run, config: ModelConfig, dtype: torch.dtype) -> Tensor:
-    """Logits of a prompt, one row left-padded, and of the single tokens after it; padding left out."""
-    generator = torch.Generator().manual_seed(SEED)
-    tokens = torch.randint(config.vocab_size, (2, PROMPT + STEPS), generator=generator)
-    mask = torch.ones_like(tokens)
-    mask[1, :PADDING] = 0
-    state, pieces = empty_state(config, 2, dtype), []
-    start = 0
-    for end in range(PROMPT, PROMPT + STEPS + 1):
-        logits, *new_state = run(flat_inputs(tokens[:, start:end].contiguous(), mask[:, :end].contiguous(), state))
-        state, start = tuple(new_state), end
-        pieces.append(logits)
-    return torch.cat(pieces, 1)[mask.bool()]
+class _Engines(NamedTuple):
+    run: Run
+    eager: Run
+    exact: Run
+    own: Run | None
+    """Eager in the type of the export; None: that is `eager`."""
+    before: Run | None
+    """Eager float32 of the original weights; None: they are the same."""
 
 
-def _greedy(run: Run, config: ModelConfig, length: int) -> list[int]:
-    generator = torch.Generator().manual_seed(SEED + length)
-    tokens = torch.randint(config.vocab_size, (1, length), generator=generator)
-    state, new, total = empty_state(config, 1), [], length
-    for _ in range(GREEDY_TOKENS):
-        logits, *new_state = run(flat_inputs(tokens, torch.ones(1, total, dtype=torch.int64), state))
-        tokens, state, total = logits[:, -1:].argmax(-1), tuple(new_state), total + 1
-        new.append(int(tokens))
-    return new
+class _Difference(NamedTuple):
+    max: float
+    total: float
+    entries: int
+
+
+class _Found(NamedTuple):
+    ours: _Difference
+    own: _Difference
+    moved: _Difference | None
+
+
+def _compare(engines: _Engines, config: ModelConfig, case: Case, dtype: torch.dtype) -> _Found:
+    def logits(run: Run, of: torch.dtype) -> Tensor:
+        return logits_of(run, config, case, of, seed=SEED)
+
+    expected = logits(engines.eager, torch.float32)
+    own = expected if engines.own is None else logits(engines.own, dtype)
+    return _Found(
+        ours=_difference(logits(engines.run, dtype), expected),
+        own=_difference(own, logits(engines.exact, torch.float64)),
+        moved=None if engines.before is None else _difference(logits(engines.before, torch.float32), expected),
+    )
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> _Difference:
+    error = (ours.to(theirs.dtype) - theirs).abs()
+    return _Difference(error.max().item(), error.sum(dtype=torch.float64).item(), error.numel())
+
+
+def _mean(differences: Iterable[_Difference]) -> float:
+    _, totals, entries = zip(*differences, strict=True)
+    return float(sum(totals) / sum(entries))
+
+
+def _rounding(
+    moved: list[_Difference], model: Transformer, rounded: Transformer, bits_per_byte: BitsPerByte | None
+) -> Rounding | None:
+    if not moved:
+        return None
+    return Rounding(
+        max_difference=max(each.max for each in moved),
+        mean_difference=_mean(moved),
+        bits_per_byte=None if bits_per_byte is None else bits_per_byte(model),
+        bits_per_byte_rounded=None if bits_per_byte is None else bits_per_byte(rounded),
+    )

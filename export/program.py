@@ -17,6 +17,8 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import GraphModule
 
 from ultramem.config import ModelConfig
+from ultramem.export.options import DTYPES
+from ultramem.export.signature import input_names, output_names
 from ultramem.graph.passes import PassResult, fold_constants, remove_no_ops
 from ultramem.graph.transformer import Cache, Transformer
 
@@ -30,6 +32,10 @@ class PassRecord:
     name: str
     nodes_before: int
     nodes_after: int
+    constant_bytes_before: int
+    constant_bytes_after: int
+    """Weights, buffers and constants of the graph, each storage once."""
+    graph: str = "model"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,60 +79,55 @@ def unflatten_cache(state: tuple[Tensor, ...], num_layers: int) -> Cache:
     return Cache(pairs[0::2], pairs[1::2], state[2 * num_layers :])
 
 
-def input_names(num_layers: int, num_convs: int) -> tuple[str, ...]:
-    """The names that Optimum made common; `past_conv.{j}` for the query convolution of memory layer j."""
-    return (
-        "input_ids",
-        "attention_mask",
-        "position_ids",
-        *(f"past_key_values.{i}.{side}" for i in range(num_layers) for side in ("key", "value")),
-        *(f"past_conv.{j}" for j in range(num_convs)),
-    )
+def capture(model: Transformer, *, batch: int | None = None, seq: int | None = None) -> Program:
+    """Capture `model` with any number >= 0 of cached tokens, weights shared.
 
-
-def output_names(num_layers: int, num_convs: int) -> tuple[str, ...]:
-    return (
-        "logits",
-        *(f"present.{i}.{side}" for i in range(num_layers) for side in ("key", "value")),
-        *(f"present_conv.{j}" for j in range(num_convs)),
-    )
-
-
-def capture(model: Transformer) -> Program:
-    """Capture `model` with any batch >= 1, new tokens >= 1 and cached tokens >= 0, weights shared.
+    Args:
+        model: in eval mode, on the CPU, its parameters of one dtype.
+        batch: fixed batch; None: any >= 1.
+        seq: fixed number of new tokens; None: any >= 1.
 
     Raises:
-        ValueError: the model is in training mode, not in float32 on the CPU, or a mixture of experts.
+        ValueError: the model is in training mode, on another device, or of a dtype that is not exported.
     """
-    if model.config.moe is not None:
-        raise ValueError(
-            "a mixture of experts cannot be exported: no engine has its grouped products; use eager or compile"
-        )
     if model.training:
         raise ValueError("the model must be in eval mode to be exported (call model.eval())")
+    dtype = model.embedding.weight.dtype
     for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+        if parameter.dtype != dtype or dtype not in DTYPES.values() or parameter.device.type != "cpu":
             raise ValueError(
-                f"the model must be float32 on the CPU to be exported, "
+                f"the model must be on the CPU, in one of {', '.join(DTYPES)}, to be exported, "
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
             )
-    batch, seq, past = Dim("batch", min=1), Dim("seq", min=1), Dim("past", min=0)
+    batches = {} if batch else {0: Dim("batch", min=1)}
+    news = {} if seq else {1: Dim("seq", min=1)}
+    past = Dim("past", min=0)
+    total = past + seq if seq else Dim.AUTO  # a sum of two free sizes has no name
     layers, convs = model.config.num_layers, model.config.num_convs
-    states = ({0: batch, 2: past},) * (2 * layers) + ({0: batch},) * convs
-    shapes = ({0: batch, 1: seq}, {0: batch, 1: Dim.AUTO}, {0: batch, 1: seq}, states)
+    states = ({**batches, 2: past},) * (2 * layers) + (batches,) * convs
+    shapes = ({**batches, **news}, {**batches, 1: total}, {**batches, **news}, states)
+    # Sizes that are all different and none 0 or 1, which capture would fix.
+    examples = example_inputs(model, batch=batch or 2, seq=seq or 3, past=5)
     with torch.no_grad():
-        exported = torch.export.export(FlatModel(model), example_inputs(model), dynamic_shapes=shapes)
+        exported = torch.export.export(FlatModel(model), examples, dynamic_shapes=shapes)
     return Program(exported=exported, input_names=input_names(layers, convs), output_names=output_names(layers, convs))
 
 
 def example_inputs(model: Transformer, *, batch: int = 2, seq: int = 3, past: int = 5) -> tuple[Tensor, ...]:
-    """Inputs of the right shapes. The default sizes are all different and none is 0 or 1, which capture would fix."""
+    """Inputs of the right shapes."""
     state = tuple(
         each.new_zeros(batch, each.shape[1], past, each.shape[3]) if each.ndim == 4 else each
-        for each in (tensor.clone() for tensor in empty_state(model.config, batch))
+        for each in (tensor.clone() for tensor in empty_state(model.config, batch, model.embedding.weight.dtype))
     )
     return flat_inputs(
         torch.zeros(batch, seq, dtype=torch.int64), torch.ones(batch, past + seq, dtype=torch.int64), state
+    )
+
+
+def records_of(programs: Mapping[str, Program]) -> tuple[PassRecord, ...]:
+    """What the passes did to each graph of an export, by the name of the graph."""
+    return tuple(
+        dataclasses.replace(record, graph=name) for name, program in programs.items() for record in program.passes
     )
 
 
@@ -137,13 +138,19 @@ def simplify(program: Program) -> Program:
 
 
 def apply_pass(program: Program, rewrite: Callable[[GraphModule], PassResult], name: str | None = None) -> Program:
-    """Run a pass over the graph, keep its signature in step, and record node counts."""
+    """Run a pass over the graph, keep its signature in step, and record what it did."""
     exported = program.exported
-    before = len(exported.graph.nodes)
+    nodes, size = len(exported.graph.nodes), constant_bytes(exported)
     result = rewrite(exported.graph_module)
     if result.modified:
         exported = _with_signature(exported, result.gm)
-    record = PassRecord(name=name or rewrite.__name__, nodes_before=before, nodes_after=len(exported.graph.nodes))
+    record = PassRecord(
+        name=name or rewrite.__name__,
+        nodes_before=nodes,
+        nodes_after=len(exported.graph.nodes),
+        constant_bytes_before=size,
+        constant_bytes_after=constant_bytes(exported),
+    )
     return dataclasses.replace(program, exported=exported, passes=(*program.passes, record))
 
 
@@ -158,6 +165,11 @@ def weights(exported: ExportedProgram) -> dict[str, Tensor]:
             )
             found[spec.arg.name] = tensors[spec.target]
     return found
+
+
+def constant_bytes(exported: ExportedProgram) -> int:
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in weights(exported).values()}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _with_signature(exported: ExportedProgram, gm: GraphModule) -> ExportedProgram:

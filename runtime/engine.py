@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ultramem.config import ModelConfig
 from ultramem.export import load_artifact
+from ultramem.export.onnx_session import OnnxModel
 from ultramem.export.program import FlatModel, empty_state, flat_inputs
 from ultramem.graph.transformer import Transformer
 
@@ -35,6 +36,8 @@ class Engine(ABC):
     """Runs a model without gradients; tokens, masks and logits are on the CPU."""
 
     name: str
+    state_dtype = torch.float32
+    """Of the empty cache."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -47,9 +50,9 @@ class Engine(ABC):
             attention_mask_BS: 1 for tokens, 0 for padding; None: no padding.
 
         Raises:
-            ValueError: a shape or dtype is not that.
+            ValueError: a shape or dtype is not that, or a token is not in the vocabulary.
         """
-        _check_tokens(input_ids_BS)
+        _check_tokens(input_ids_BS, self.config.vocab_size)
         if attention_mask_BS is None:
             attention_mask_BS = torch.ones_like(input_ids_BS)
         _check_mask(attention_mask_BS, tuple(input_ids_BS.shape))
@@ -67,10 +70,10 @@ class Engine(ABC):
             attention_mask: [B,P+1] in place of the mask so far; None: the new token is no padding.
 
         Raises:
-            ValueError: a shape or dtype is not that.
+            ValueError: a shape or dtype is not that, or a token is not in the vocabulary.
         """
         batch, length = cache.mask_BP.shape
-        _check_tokens(input_ids_B1)
+        _check_tokens(input_ids_B1, self.config.vocab_size)
         if input_ids_B1.shape != (batch, 1):
             raise ValueError(
                 f"input_ids must have shape {(batch, 1)}, a token per sequence, got {tuple(input_ids_B1.shape)}"
@@ -84,7 +87,7 @@ class Engine(ABC):
             return self._decode(input_ids_B1, mask_BP, cache)
 
     def _prefill(self, input_ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, EngineCache]:
-        inputs = flat_inputs(input_ids_BS, mask_BS, empty_state(self.config, input_ids_BS.shape[0]))
+        inputs = flat_inputs(input_ids_BS, mask_BS, empty_state(self.config, input_ids_BS.shape[0], self.state_dtype))
         logits_BSV, *state = self._run(inputs)
         return logits_BSV, EngineCache(mask_BS, tuple(state), 0)
 
@@ -190,21 +193,45 @@ def _with_own_code(function: types.FunctionType | Callable[..., Any]) -> Callabl
 
 
 class _ArtifactEngine(Engine):
-    """Runs an export folder; float32 on the CPU."""
+    """Runs an export folder on the CPU; its cache is of the export's type, logits are float32."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.artifact = load_artifact(folder, engine=self.name)
+        # The plugin of ONNX Runtime where it is built: `kernels` of an OnnxEngine says which it is.
+        self.artifact = load_artifact(folder, engine=self.name, plugin=None)
         super().__init__(self.artifact.manifest.model)
+        self.state_dtype = self.artifact.manifest.options.torch_dtype
         self.folder = self.artifact.folder
 
     def _run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self.artifact.run(inputs)
+        logits, *state = self.artifact.run(inputs)
+        return logits.float(), *state
+
+    def _prefill(self, input_ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, EngineCache]:
+        """A graph of a fixed number of tokens takes the prompt in as many calls."""
+        size = self.artifact.manifest.inputs[0].shape[1]
+        if isinstance(size, str) or size == input_ids_BS.shape[1]:
+            return super()._prefill(input_ids_BS, mask_BS)
+        if input_ids_BS.shape[1] % size:
+            raise ValueError(f"the export takes {size} tokens at a time, got a prompt of {input_ids_BS.shape[1]}")
+        state, pieces = empty_state(self.config, input_ids_BS.shape[0], self.state_dtype), []
+        for start in range(0, input_ids_BS.shape[1], size):
+            end = start + size
+            logits_BSV, *new = self._run(flat_inputs(input_ids_BS[:, start:end].contiguous(), mask_BS[:, :end], state))
+            state = tuple(new)
+            pieces.append(logits_BSV)
+        return torch.cat(pieces, 1), EngineCache(mask_BS, state, 0)
 
 
 class OnnxEngine(_ArtifactEngine):
-    """ONNX Runtime."""
+    """ONNX Runtime, with this package's kernels where they are built."""
 
     name = "onnx"
+
+    @property
+    def kernels(self) -> str:
+        """What runs the nodes of this package."""
+        assert isinstance(self.artifact.run, OnnxModel)
+        return self.artifact.run.kernels
 
 
 class AotEngine(_ArtifactEngine):
@@ -237,11 +264,14 @@ def open_engine(name: str, model: Transformer | None, artifact_folder: str | os.
     return OnnxEngine(artifact_folder) if name == "onnx" else AotEngine(artifact_folder)
 
 
-def _check_tokens(input_ids: Tensor) -> None:
+def _check_tokens(input_ids: Tensor, vocab_size: int) -> None:
     if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.int64:
         raise ValueError(f"input_ids must be an int64 tensor, got {getattr(input_ids, 'dtype', type(input_ids))}")
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids must have shape [B,S] with at least one token, got {tuple(input_ids.shape)}")
+    least, most = (int(each) for each in input_ids.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(f"input_ids must be tokens in 0..{vocab_size - 1}, got {least if least < 0 else most}")
 
 
 def _check_mask(attention_mask: Tensor, shape: tuple[int, ...]) -> None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ultramem.export.huggingface.run_facts import RunFacts
+from ultramem.export.run_facts import RunFacts
 from ultramem.graph.weights import read_config
 from ultramem.runtime.best import read_best
 from ultramem.runtime.hugging_face_tokenizer import HuggingFaceTokenizer

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("eager", "compile", "onnx", "aoti")
 EXPORTS = ("onnx", "aoti")
+HELD_OUT_TOKENS = 16384  # for what rounding costs: an export should not take an evaluation's time
 
 
 class _Parser(argparse.ArgumentParser):
@@ -106,6 +107,10 @@ def _build_parser() -> _Parser:
     sub.add_argument("run_folder", type=Path, metavar="RUN")
     sub.add_argument("--to", required=True, choices=(*EXPORTS, "huggingface"))
     sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="export folder to write")
+    sub.add_argument("--dtype", default="fp32", metavar="T", help="of weights: fp32, fp16 or bf16 (default: fp32)")
+    sub.add_argument("--table", metavar="T", help="rows of the value tables: int8 or int4 (default: as --dtype)")
+    sub.add_argument("--static", metavar="B,S", help="fix the batch and the number of new tokens (default: any)")
+    sub.add_argument("--decode", action="store_true", help="a graph of one new token; in AOTInductor beside the other")
 
     sub = command("profile", _profile, "Latency of a run or preset by engine, batch and stage.")
     sub.add_argument("target", metavar="RUN|PRESET")
@@ -188,7 +193,7 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
 def _engine(name: str, run_folder: Path, artifact: Path | None) -> Engine:
     """An engine for a run; what it needs is exported first if it is not there."""
     from ultramem.graph.weights import load
-    from ultramem.runtime.engine import open_engine
+    from ultramem.runtime.engine import OnnxEngine, open_engine
 
     model = load(run_folder)
     if name in EXPORTS and artifact is None:
@@ -199,7 +204,10 @@ def _engine(name: str, run_folder: Path, artifact: Path | None) -> Engine:
             print(f"exporting to {artifact}", file=sys.stderr)
             artifact.parent.mkdir(exist_ok=True)
             export_model(model, name, artifact)
-    return open_engine(name, model, artifact)
+    engine = open_engine(name, model, artifact)
+    if isinstance(engine, OnnxEngine):
+        print(f"onnx: {engine.kernels}", file=sys.stderr)
+    return engine
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
@@ -238,15 +246,54 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
-    from ultramem.export import export_model
+    from ultramem.export import ExportOptions, export_model
+    from ultramem.export.options import parse_static
     from ultramem.graph.weights import load
     from ultramem.runtime.run_facts import run_facts
 
-    manifest = export_model(load(args.run_folder), args.to, args.out, run=run_facts(args.run_folder))
+    options = ExportOptions(
+        dtype=args.dtype,
+        table=args.table,
+        static=None if args.static is None else parse_static(args.static),
+        decode=args.decode,
+    )
+    model = load(args.run_folder)
+    rounds = (options.dtype, options.table) != ("fp32", None)
+    bits_per_byte = _held_out_bits(args.run_folder) if rounds else None
+    run = run_facts(args.run_folder) if args.to == "huggingface" else None
+    manifest = export_model(model, args.to, args.out, options=options, bits_per_byte=bits_per_byte, run=run)
     document: dict[str, Any] = json.loads((args.out / "manifest.json").read_text())
     if not args.json:
         print(f"{args.out}: {manifest}")
     return document
+
+
+def _held_out_bits(run_folder: Path) -> typing.Callable[[Transformer], float] | None:
+    """Bits per byte of a model on some of a run's held-out text; None, with a line that says so, if it has none."""
+    from ultramem.graph.weights import read_config
+    from ultramem.runtime.data import evaluation_batches, load_corpus
+    from ultramem.runtime.evaluate import evaluate, make_summed_loss
+    from ultramem.runtime.tokenizer import load_tokenizer
+
+    try:
+        document = read_config(run_folder)
+        config = from_dict(TrainConfig, document["train"])
+        tokenizer = load_tokenizer(run_folder)
+        text = load_corpus(document["data"]["name"], tokenizer=tokenizer).held_out
+    except (KeyError, ValueError, FileNotFoundError, ImportError) as error:
+        print(f"bits per byte are not measured: no held-out text of the run ({_one_line(error)})", file=sys.stderr)
+        return None
+    if not text:
+        return None
+
+    def bits_per_byte(model: Transformer) -> float:
+        batches = evaluation_batches(
+            text, batch_size=config.batch_size, sequence_length=config.sequence_length, max_tokens=HELD_OUT_TOKENS
+        )
+        loss = make_summed_loss(model, compiled=False)
+        return evaluate(model, loss, batches, token_bytes=tokenizer.token_bytes).bits_per_byte
+
+    return bits_per_byte
 
 
 def _profile(args: argparse.Namespace) -> dict[str, Any]:

@@ -14,12 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ultramem.config import ModelConfig
+from ultramem.export.backend import Backend, Run
 from ultramem.export.extras import require
 from ultramem.export.huggingface.card import model_card
 from ultramem.export.huggingface.names import hugging_face_fields, hugging_face_state
-from ultramem.export.huggingface.run_facts import RunFacts
 from ultramem.export.huggingface.tokenizer_files import write_tokenizer
-from ultramem.export.parity import Run
+from ultramem.export.options import ExportOptions
+from ultramem.export.program import PassRecord
+from ultramem.export.run_facts import RunFacts
+from ultramem.export.weights_file import write_weights
 from ultramem.graph.transformer import Transformer
 
 CODE_FILES = (
@@ -28,11 +32,12 @@ CODE_FILES = (
     "memory_ultramem.py",
     "modeling_ultramem.py",
     "selection_ultramem.py",
+    "table_ultramem.py",
 )
 WEIGHTS_FILE = "model.safetensors"
 HOW_TO_LOAD = (
     "from transformers import AutoModelForCausalLM, AutoTokenizer",
-    "model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)  # DIR: this folder",
+    "model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)  # DIR: where model.safetensors is",
     "tokenizer = AutoTokenizer.from_pretrained(DIR)  # where the export was made from a run",
     "logits = model(**tokenizer(text, return_tensors='pt')).logits",
 )
@@ -43,57 +48,55 @@ AUTO_CLASSES = {
 }
 
 
-def export_huggingface(model: Transformer, run: RunFacts | None, folder: Path) -> None:
-    """Write the folder.
+def export_huggingface(model: Transformer, options: ExportOptions, folder: Path) -> tuple[PassRecord, ...]:
+    """Write weights, configuration and code to an existing folder.
 
     Args:
-        model: in eval mode, all weights of one floating dtype.
-        run: what the model card and the tokenizer files are made from; None leaves the tokenizer out.
+        model: in eval mode, its weights already of the types of the options.
+        options: of the export.
         folder: exists and is empty.
 
     Raises:
-        ValueError: the weights have several dtypes, or the model's vocabulary is not the tokenizer's.
         ImportError: transformers is not installed.
     """
     require("transformers", "hf")
-    from safetensors.torch import save_file
-
     from ultramem.export.huggingface.configuration_ultramem import UltraMemConfig
 
-    dtype = _one_dtype(model)
-    if run is not None and run.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"the model's vocab_size must be the {run.vocab_size} of the run's tokenizer, got {model.config.vocab_size}"
-        )
-    end_of_text = None if run is None else run.end_of_text
     config = UltraMemConfig(
-        **hugging_face_fields(model.config),
+        **hugging_face_fields(model.config, options),
         architectures=["UltraMemForCausalLM"],
         auto_map=AUTO_CLASSES,
-        dtype=dtype,
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-        pad_token_id=end_of_text,
+        dtype=options.torch_dtype,
     )
     config.save_pretrained(folder)
     for name in CODE_FILES:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
-    weights = {name: tensor.cpu().contiguous() for name, tensor in hugging_face_state(model).items()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / WEIGHTS_FILE)  # it comes readable to its owner alone
-    if run is not None:
-        write_tokenizer(run, folder, max_positions=model.config.max_positions)
-    (folder / "README.md").write_text(model_card(model.config, run), encoding="utf-8")
+    write_weights(folder / WEIGHTS_FILE, hugging_face_state(model), metadata={"format": "pt"})
+    return ()
 
 
-def _one_dtype(model: Transformer) -> torch.dtype:
-    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
-    if len(dtypes) != 1:
-        raise ValueError(f"all weights must have one dtype to be exported, got {', '.join(sorted(dtypes))}")
-    return next(model.parameters()).dtype
+def describe_run(folder: Path, config: ModelConfig, run: RunFacts | None) -> None:
+    """Write the model card, and of a run its tokenizer and the tokens that `generate` begins and ends with.
+
+    Raises:
+        ValueError: the model's vocabulary is not that of the run's tokenizer.
+    """
+    (folder / "README.md").write_text(model_card(config, run), encoding="utf-8")
+    if run is None:
+        return
+    if run.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"the model's vocab_size must be the {run.vocab_size} of the run's tokenizer, got {config.vocab_size}"
+        )
+    write_tokenizer(run, folder, max_positions=config.max_positions)
+    require("transformers", "hf")
+    from transformers import GenerationConfig
+
+    end = run.end_of_text
+    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end).save_pretrained(folder)
 
 
-def load_huggingface(folder: Path) -> Run:
+def load_huggingface(folder: Path, config: ModelConfig, options: ExportOptions, plugin: bool | None) -> Run:
     """The model as a function of the inputs that the manifest lists.
 
     It runs this package's own copy of the code, never the folder's, and reads weights from safetensors alone.
@@ -107,21 +110,20 @@ def load_huggingface(folder: Path) -> Run:
     from ultramem.export.huggingface.modeling_ultramem import UltraMemForCausalLM
 
     for name in CODE_FILES:
-        if (folder / name).read_bytes() != Path(__file__).with_name(name).read_bytes():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != Path(__file__).with_name(name).read_bytes():
             raise ValueError(
                 f"{folder / name} is not this version's: export again, or load the folder with transformers itself"
             )
     with quiet_loading():
         model = UltraMemForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    sources = [source - 1 for source, _ in model.config.parsed_insertions] if any(model.config.conv_lengths) else []
-    layers = model.config.num_hidden_layers
+    sources = [source - 1 for source, _ in config.parsed_insertions] if config.conv_length else []
 
     def run(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         input_ids, attention_mask, position_ids, *state = inputs
         cache = UltraMemCache(model.config)
         for index, layer in enumerate(cache.layers):
             layer.update(state[2 * index], state[2 * index + 1])
-        for source, conv_BDW in zip(sources, state[2 * layers :], strict=True):
+        for source, conv_BDW in zip(sources, state[2 * config.num_layers :], strict=True):
             cache.layers[source].inputs_BSD = conv_BDW.transpose(1, 2)
         with torch.inference_mode():
             output = model(input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache)
@@ -145,4 +147,26 @@ def quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-__all__ = ["CODE_FILES", "HOW_TO_LOAD", "RunFacts", "export_huggingface", "load_huggingface"]
+def _how_to_load(options: ExportOptions, files: frozenset[str]) -> tuple[str, ...]:
+    return HOW_TO_LOAD
+
+
+BACKEND = Backend(
+    name="huggingface",
+    files=(
+        WEIGHTS_FILE,
+        "config.json",
+        *CODE_FILES,
+        "README.md",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ),
+    write=export_huggingface,
+    describe=describe_run,
+    load=load_huggingface,
+    how_to_load=_how_to_load,
+    has_graph=False,
+)
+
+__all__ = ["BACKEND", "CODE_FILES", "HOW_TO_LOAD", "describe_run", "export_huggingface", "load_huggingface"]

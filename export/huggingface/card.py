@@ -7,7 +7,7 @@ from typing import Any
 import ultramem
 from ultramem.config import ModelConfig
 from ultramem.counts import count
-from ultramem.export.huggingface.run_facts import RunFacts
+from ultramem.export.run_facts import RunFacts
 
 _SPLITS = {
     "held_out": "held-out text",

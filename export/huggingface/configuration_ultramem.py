@@ -102,6 +102,8 @@ class MemoryLayerConfig:
     expert_dim: int
     expert_activation: str
     expert_project: bool
+    table_bits: int
+    """Of the numbers in rows of the table, 8 or 4, with a float32 scale for each row; 0: floating point."""
 
     @property
     def table_rows(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .configuration_ultramem import MemoryLayerConfig
 from .selection_ultramem import Select
+from .table_ultramem import QuantizedTable, ValueTable, make_table
 
 
 def _norm(config: MemoryLayerConfig) -> nn.Module:
@@ -67,46 +68,6 @@ class Score(nn.Module):
         return torch.einsum(self.equation, row_query, row_keys), torch.einsum(self.equation, col_query, col_keys)
 
 
-class ValueTable(nn.Module):
-    """The rows that one memory layer reads, or that several share."""
-
-    experts_NP: nn.Parameter | None
-
-    def __init__(self, config: MemoryLayerConfig) -> None:
-        super().__init__()
-        self.values_NV = nn.Parameter(torch.empty(config.table_rows, config.value_dim))
-        experts = nn.Parameter(torch.empty(config.table_rows, config.expert_dim)) if config.expert_dim else None
-        self.register_parameter("experts_NP", experts)
-
-    def forward(self, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int) -> Tensor:
-        """Pooled rows [T,E,V] of virtual indices, `block * rows + row`; core c weights its own columns of a row."""
-        n, v = self.values_NV.shape
-        t, k, c = scores_TKC.shape
-        block_TK, order_TK = (indices_TK // n).sort(dim=1, stable=True)
-        core_C1 = torch.arange(c, device=indices_TK.device).unsqueeze(1)
-        rows_TCK = (indices_TK % n).gather(1, order_TK).unsqueeze(1) * c + core_C1
-        scores_TCK = scores_TKC.to(self.values_NV.dtype).gather(1, order_TK.unsqueeze(-1).expand(t, k, c)).mT
-        # A bag for each token, core and block, over the table seen as [N*C, V/C].
-        block_E = torch.arange(num_blocks, device=indices_TK.device)
-        first_TE = (block_TK.unsqueeze(1) < block_E.view(1, -1, 1)).sum(-1)
-        first_TCE = first_TE.unsqueeze(1) + torch.arange(t * c, device=indices_TK.device).view(t, c, 1) * k
-        pooled = F.embedding_bag(
-            rows_TCK.reshape(-1),
-            self.values_NV.view(n * c, v // c),
-            first_TCE.reshape(-1),
-            mode="sum",
-            per_sample_weights=scores_TCK.reshape(-1),
-        )
-        return pooled.view(t, c, num_blocks, v // c).transpose(1, 2).reshape(t, num_blocks, v).to(scores_TKC.dtype)
-
-    def expert_products(self, indices_TK: Tensor, query_TP: Tensor) -> Tensor:
-        """Products [T,K] of a query with the input rows of virtual indices."""
-        assert self.experts_NP is not None
-        wide = torch.promote_types(query_TP.dtype, torch.float32)
-        rows_TKP = self.experts_NP[indices_TK % self.experts_NP.shape[0]].to(wide)
-        return (rows_TKP * query_TP.to(wide).unsqueeze(1)).sum(-1).to(query_TP.dtype)
-
-
 class Lookup(nn.Module):
     """Shuffles addresses, reads their rows in the table, and pools them per block.
 
@@ -127,7 +88,7 @@ class Lookup(nn.Module):
             self.register_buffer("address_table", table)
 
     def forward(
-        self, scores_THMC: Tensor, addresses_THM: Tensor, hidden_TD: Tensor, table: ValueTable
+        self, scores_THMC: Tensor, addresses_THM: Tensor, hidden_TD: Tensor, table: ValueTable | QuantizedTable
     ) -> tuple[Tensor, Tensor | None]:
         """Pooled rows [T,E,V], and the sum of the scores in each block [T,E] where the projection has biases."""
         config = self.config
@@ -227,11 +188,11 @@ class MemoryLayer(nn.Module):
         self.score = Score(config)
         self.select = Select(config)
         self.lookup = Lookup(config, index)
-        self.table = ValueTable(config) if config.table == "own" else None
+        self.table = make_table(config) if config.table == "own" else None
         outputs = {"project": Project, "gated": GatedOutput}
         self.expand = outputs[config.output](config) if config.output in outputs else NoOutput()
 
-    def forward(self, inputs_BSD: Tensor, length: int, shared_table: ValueTable | None) -> Tensor:
+    def forward(self, inputs_BSD: Tensor, length: int, shared_table: "ValueTable | QuantizedTable | None") -> Tensor:
         """Output [B,S,D] for the last `length` inputs; those before are what the convolution looks back on."""
         table = shared_table if self.table is None else self.table
         hidden_BSD = inputs_BSD[:, inputs_BSD.shape[1] - length :]

@@ -22,8 +22,9 @@ from transformers.utils import can_return_tuple
 
 from .cache_ultramem import UltraMemCache
 from .configuration_ultramem import UltraMemConfig
-from .memory_ultramem import MemoryLayer, ValueTable
+from .memory_ultramem import MemoryLayer
 from .selection_ultramem import Select
+from .table_ultramem import make_table
 
 
 def eager_attention_forward(
@@ -146,6 +147,7 @@ class UltraMemPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["UltraMemBlock"]  # noqa: RUF012  # as the library declares it
     _supports_sdpa = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["scales_N", "expert_scales_N"]  # noqa: RUF012  # scales of quantised rows
 
     def _init_weights(self, module: nn.Module) -> None:
         """Starting values of weights that a checkpoint lacks; `ultramem` itself starts a training with better ones."""
@@ -178,7 +180,7 @@ class UltraMemModel(UltraMemPreTrainedModel):
         self.memories = nn.ModuleList(
             MemoryLayer(memory, index) for index in range(len(config.parsed_insertions)) if memory is not None
         )
-        self.table = ValueTable(memory) if memory is not None and memory.table != "own" else None
+        self.table = make_table(memory) if memory is not None and memory.table != "own" else None
         self.norm = nn.LayerNorm(config.hidden_size, bias=False)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ultramem.config import MemoryConfig, ModelConfig
+from ultramem.export.options import TABLE_BITS, ExportOptions
 from ultramem.graph.transformer import Transformer
 
 # Only training from scratch reads these.
@@ -16,9 +17,9 @@ TRAINING_FIELDS = ("num_layers", "init", "aux_loss_weight", "aux_loss_margin")
 _TOP_LEVEL = {"embedding": "embed_tokens", "blocks": "layers"}
 
 
-def hugging_face_fields(config: ModelConfig) -> dict[str, Any]:
-    """The fields of `UltraMemConfig`, JSON-ready."""
-    moe = config.moe
+def hugging_face_fields(config: ModelConfig, options: ExportOptions | None = None) -> dict[str, Any]:
+    """The fields of `UltraMemConfig`, JSON-ready; the options say how many bits the rows of tables have."""
+    moe, table = config.moe, None if options is None else options.table
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -29,15 +30,16 @@ def hugging_face_fields(config: ModelConfig) -> dict[str, Any]:
         "rope_base": config.rope_theta,
         "hidden_dropout": config.dropout,
         "moe": moe and {"num_experts": moe.num_experts, "experts_per_token": moe.experts_per_token},
-        "memory": config.memory and memory_fields(config.memory),
+        "memory": config.memory and memory_fields(config.memory, table_bits=0 if table is None else TABLE_BITS[table]),
         "insertions": config.insertions,
         "replace_mlp": config.replace_mlp,
     }
 
 
-def memory_fields(config: MemoryConfig) -> dict[str, Any]:
+def memory_fields(config: MemoryConfig, *, table_bits: int) -> dict[str, Any]:
     """The fields of a memory layer that a forward pass reads."""
-    return {name: value for name, value in asdict(config).items() if name not in TRAINING_FIELDS}
+    fields = {name: value for name, value in asdict(config).items() if name not in TRAINING_FIELDS}
+    return fields | {"table_bits": table_bits}
 
 
 def hugging_face_name(name: str) -> str:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ultramem.export.huggingface.run_facts import RunFacts
+from ultramem.export.run_facts import RunFacts
 
 END_OF_BYTES = "<|endoftext|>"
 

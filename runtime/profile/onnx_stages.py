@@ -24,6 +24,7 @@ def onnx_stages(model_path: Path, cell: Cell, inputs: Inputs, *, repeats: int) -
     """Run the cell's forward on a session of its own with ONNX Runtime's profiling on."""
     import onnxruntime
 
+    from ultramem.export.onnx_plugin import find_plugin, register
     from ultramem.export.onnx_stages import stages_of_optimized_model
 
     with tempfile.TemporaryDirectory() as folder:
@@ -33,6 +34,8 @@ def onnx_stages(model_path: Path, cell: Cell, inputs: Inputs, *, repeats: int) -
         # Fused nodes have names of their own: the graph that really runs says what they were made of.
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         options.log_severity_level = 3  # it warns that such a file is for this machine alone
+        if not find_plugin().problem:  # the engine that is timed has it too
+            register(options)
         session = onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
         feeds = _feeds(session, inputs.prompt_BS, {})

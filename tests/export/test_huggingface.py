@@ -12,9 +12,12 @@ import torch
 from exported import CONFIG, DENSE, MEMORY, build, once
 
 from ultramem import MoEConfig
-from ultramem.export import export_model
-from ultramem.export.huggingface import CODE_FILES, RunFacts
+from ultramem.export import ExportOptions, export_model
+from ultramem.export.huggingface import CODE_FILES
 from ultramem.export.huggingface.names import hugging_face_state
+from ultramem.export.rounding import rounded
+from ultramem.export.run_facts import RunFacts
+from ultramem.graph.gathered_table import in_precision
 from ultramem.runtime.hugging_face_tokenizer import train_bpe
 from ultramem.runtime.tokenizer import ByteTokenizer
 
@@ -66,6 +69,13 @@ MODELS = {
         insertions="1:1/2:2",
     ),
 }
+OPTIONS = {
+    "ultramem-int8": ExportOptions(table="int8"),
+    "ultramem-int4": ExportOptions(table="int4"),
+    "ultramem-v2-int8": ExportOptions(table="int8"),
+    "memory-plus-int4": ExportOptions(table="int4"),
+}
+MODELS |= {name: MODELS[name.rpartition("-")[0]] for name in OPTIONS}
 PREFILLS = (1, 7, 128)
 BATCHES = (1, 3)
 DECODED = 32
@@ -82,6 +92,11 @@ def facts(tokenizer):
     return RunFacts(
         name="a-run", tokenizer=document, end_of_text=tokenizer.end_of_text, vocab_size=tokenizer.vocab_size
     )
+
+
+def exported(name):
+    """The model whose weights stand in the export."""
+    return rounded(build(MODELS[name]), OPTIONS.get(name, ExportOptions()))
 
 
 def make_inputs():
@@ -114,7 +129,7 @@ def folder(tmp_path_factory):
         if not (folder / "outputs.pt").exists():
             folder.mkdir()
             for name, config in MODELS.items():
-                export_model(build(config), "huggingface", folder / name)
+                export_model(build(config), "huggingface", folder / name, options=OPTIONS.get(name))
             for name, tokenizer in tokenizers().items():
                 model = build(replace(DENSE, vocab_size=tokenizer.vocab_size))
                 export_model(model, "huggingface", folder / name, run=facts(tokenizer))
@@ -149,7 +164,7 @@ def decoded(model, tokens, mask, prefill):
 
 
 def test_prefill_and_decoding_agree_with_eager(found, name):
-    model, exact = build(MODELS[name]), build(MODELS[name]).double()
+    model, exact = exported(name), in_precision(exported(name), torch.float64)
     for logits, (tokens, mask, prefill) in zip(found["steps"], make_inputs()["steps"], strict=True):
         real = mask.bool()
         expected = decoded(model, tokens, mask, prefill)[real]
@@ -165,7 +180,7 @@ def test_the_code_is_the_folders_own_and_the_weights_are_ours(found, folder, nam
 
     assert found["module"].startswith("transformers_modules.")
     assert found["same_weights"]
-    saved, ours = load_file(folder / name / "model.safetensors"), hugging_face_state(build(MODELS[name]))
+    saved, ours = load_file(folder / name / "model.safetensors"), hugging_face_state(exported(name))
     assert saved.keys() == ours.keys()
     assert all(torch.equal(saved[key], ours[key]) and saved[key].dtype == ours[key].dtype for key in saved)
 
@@ -186,7 +201,7 @@ def test_without_a_cache_and_saved_again(found):
 def test_loss_and_hidden_states(found, name):
     tokens, _, _ = make_inputs()["steps"][-1]
     with torch.no_grad():
-        logits = build(MODELS[name])(tokens).logits
+        logits = exported(name)(tokens).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     torch.testing.assert_close(found["loss"], expected)
     assert len(found["hidden_states"]) == MODELS[name].num_layers + 1
@@ -206,7 +221,7 @@ def test_assisted_decoding_takes_tokens_back_without_a_trace(found):
 
 def test_greedy_tokens_are_eagers(found, name):
     prompts, mask = make_inputs()["prompts"]
-    model = build(MODELS[name])
+    model = exported(name)
     tokens = prompts
     for _ in range(8):
         with torch.no_grad():

@@ -7,13 +7,16 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from exported import CONFIG, DENSE, MEMORY, build
+from safetensors.torch import load_file
 
 import ultramem
-from ultramem.export import export_model, load_artifact
-from ultramem.export.huggingface import CODE_FILES, RunFacts
+from ultramem.export import ExportOptions, export_model, load_artifact
+from ultramem.export.huggingface import CODE_FILES
 from ultramem.export.huggingface.card import family, model_card
-from ultramem.export.huggingface.names import TRAINING_FIELDS
+from ultramem.export.huggingface.names import TRAINING_FIELDS, hugging_face_state
 from ultramem.export.program import empty_state, flat_inputs
+from ultramem.export.rounding import rounded
+from ultramem.export.run_facts import RunFacts
 
 TRAIN = {
     "steps": 1200, "batch_size": 4, "sequence_length": 256, "lr": 0.002, "value_lr_ratio": 10.0, "weight_decay": 0.1,
@@ -46,7 +49,8 @@ def exported(tmp_path_factory):
 
 def test_the_folder_and_its_manifest(exported):
     folder, manifest = exported
-    written = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", *CODE_FILES}
+    texts = {"README.md", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    written = {"model.safetensors", *texts, *CODE_FILES}
     assert set(manifest.files) == written
     assert {path.name for path in folder.iterdir()} == {*written, "manifest.json"}
     assert manifest.parity.max_error <= manifest.parity.allowed
@@ -111,7 +115,7 @@ def test_the_copied_configuration_has_every_field_that_a_forward_pass_reads():
     from ultramem.export.huggingface.configuration_ultramem import MemoryLayerConfig
 
     ours = {field.name for field in fields(ultramem.MemoryConfig)} - set(TRAINING_FIELDS)
-    assert {field.name for field in fields(MemoryLayerConfig)} == ours
+    assert {field.name for field in fields(MemoryLayerConfig)} == ours | {"table_bits"}
 
 
 @pytest.mark.parametrize("name", ultramem.presets())
@@ -173,11 +177,26 @@ def test_a_damaged_folder_is_refused_in_one_line(exported, tmp_path, damage, mes
     assert "\n" not in str(error.value)
 
 
-def test_mixed_dtypes_are_refused_and_leave_nothing(tmp_path):
-    model = build(CONFIG)
-    model.memories[0].table.to(torch.bfloat16)
-    with pytest.raises(ValueError, match="all weights must have one dtype to be exported, got bfloat16, float32"):
-        export_model(model, "huggingface", tmp_path / "out")
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("table", [None, "int8"])
+def test_half_precision(tmp_path, dtype, table):
+    memory = replace(MEMORY, permutation="stored", expert_dim=8, expert_project=True)
+    model, options = build(replace(CONFIG, memory=memory)), ExportOptions(dtype=dtype, table=table)
+    parity = export_model(model, "huggingface", tmp_path / "out", options=options).parity
+    assert parity.max_error <= parity.allowed
+    document = json.loads((tmp_path / "out/config.json").read_text())
+    assert document["dtype"] == {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+    saved = load_file(tmp_path / "out/model.safetensors")
+    expected = hugging_face_state(rounded(model, options))
+    assert saved.keys() == expected.keys()
+    assert all(saved[name].dtype == expected[name].dtype for name in saved)
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+
+
+@pytest.mark.parametrize("options", [ExportOptions(static=(1, 1)), ExportOptions(decode=True)])
+def test_sizes_are_not_fixed_without_a_graph(tmp_path, options):
+    with pytest.raises(ValueError, match="static and decode must be left out for huggingface, which has no graph"):
+        export_model(build(DENSE), "huggingface", tmp_path / "out", options=options)
     assert not list(tmp_path.iterdir())
 
 

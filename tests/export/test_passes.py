@@ -127,8 +127,12 @@ def test_a_graph_with_nothing_to_do_stays(rewrite):
 def test_capture_refuses_what_would_export_something_else():
     with pytest.raises(ValueError, match="eval mode"):
         capture(build(CONFIG).train())
-    with pytest.raises(ValueError, match=r"float32 on the CPU.*embedding\.weight is bfloat16"):
-        capture(build(CONFIG).bfloat16())
+    with pytest.raises(ValueError, match=r"in one of fp32, fp16, bf16.*embedding\.weight is float64"):
+        capture(build(CONFIG).double())
+    mixed = build(CONFIG)
+    mixed.head.bfloat16()
+    with pytest.raises(ValueError, match=r"head\.weight is bfloat16 on cpu"):
+        capture(mixed)
 
 
 def test_cache_order_is_that_of_the_names():

@@ -82,3 +82,12 @@ class ValueTable(nn.Module):
         else:
             product_TK = ops.lookup_dot(self.experts_NP, indices_TK, query, sparse_grad=self.sparse_grad)
         return product_TK.to(query_TP.dtype)
+
+    def gather(self, rows_R: Tensor) -> Tensor:
+        """Value rows [R,V]."""
+        return self.values_NV[rows_R]
+
+    def gather_experts(self, rows_R: Tensor) -> Tensor:
+        """Input rows [R,P]."""
+        assert self.experts_NP is not None
+        return self.experts_NP[rows_R]

@@ -9,7 +9,12 @@ from ultramem.ops.lookup_dot import lookup_dot
 from ultramem.ops.lookup_dot_lazy import lookup_dot_lazy
 from ultramem.ops.lookup_reduce import lookup_reduce
 from ultramem.ops.lookup_reduce_lazy import lookup_reduce_lazy
-from ultramem.ops.lookup_reduce_quantized import QuantizedRows, lookup_reduce_quantized, quantize_rows
+from ultramem.ops.lookup_reduce_quantized import (
+    QuantizedRows,
+    lookup_reduce_quantized,
+    quantize_rows,
+    unpack_rows,
+)
 from ultramem.ops.permute_addresses import address_table, permute_addresses
 from ultramem.ops.product_topk import TopK, product_topk
 from ultramem.ops.round_stochastically import round_stochastically
@@ -45,5 +50,6 @@ __all__ = [
     "round_stochastically",
     "sort_slots",
     "tucker_topk",
+    "unpack_rows",
     "use_implementation",
 ]

@@ -18,7 +18,7 @@ from ultramem.ops.lookup_reduce import _permuted, lookup_reduce_reference
 from ultramem.ops.permute_addresses import require_seed
 
 FLOAT8 = torch.float8_e4m3fn
-_ROWS_AT_ONCE = 1 << 16  # rows that quantize_rows holds in float32 at a time
+_VALUES_AT_ONCE = 1 << 20  # that quantize_rows holds in float32 at a time
 
 
 class QuantizedRows(NamedTuple):
@@ -61,8 +61,9 @@ def quantize_rows(values_ND: Tensor, bits: int = 8, *, floating: bool = False) -
     rows_NB = values_ND.new_empty(n, d if bits == 8 else d // 2, dtype=dtype)
     scales_N = values_ND.new_empty(n, dtype=torch.float32)
     largest = torch.finfo(FLOAT8).max if floating else 2 ** (bits - 1) - 1
-    for first in range(0, n, _ROWS_AT_ONCE):
-        some = slice(first, first + _ROWS_AT_ONCE)
+    step = max(1, _VALUES_AT_ONCE // max(1, d))
+    for first in range(0, n, step):
+        some = slice(first, first + step)
         values = values_ND[some].detach().float()
         scales = values.abs().amax(1) / largest if d else values.new_zeros(values.shape[0])
         numbers = (values / scales.where(scales > 0, 1).unsqueeze(1)).clamp(-largest, largest)
@@ -82,8 +83,8 @@ def _pack(integers_ND: Tensor) -> Tensor:
     return packed_NB
 
 
-def _unpacked(rows_NB: Tensor) -> Tensor:
-    """The columns of rows as they were before packing."""
+def unpack_rows(rows_NB: Tensor) -> Tensor:
+    """The small numbers of rows [...,B] as `quantize_rows` packed them: [...,D], without their scales."""
     if rows_NB.dtype != torch.uint8:
         return rows_NB
     halves_NBP = torch.stack([rows_NB & 15, rows_NB >> 4], -1).to(torch.int8)
@@ -94,7 +95,7 @@ def lookup_reduce_quantized_reference(
     rows_NB: Tensor, scales_N: Tensor, indices_TK: Tensor, scores_TKC: Tensor, *, num_blocks: int = 1
 ) -> Tensor:
     """The oracle: the lookup in the table that the small numbers stand for."""
-    values_ND = _unpacked(rows_NB).to(scores_TKC.dtype) * scales_N.to(scores_TKC.dtype).unsqueeze(1)
+    values_ND = unpack_rows(rows_NB).to(scores_TKC.dtype) * scales_N.to(scores_TKC.dtype).unsqueeze(1)
     return lookup_reduce_reference(values_ND, indices_TK, scores_TKC, num_blocks=num_blocks)
 
 
@@ -122,7 +123,7 @@ def _lookup_reduce_quantized(
     row_TK = indices_TK % n
     # float8 has no gather of its own everywhere: the bytes are moved.
     looked_up = rows_NB.view(torch.uint8)[row_TK.flatten()].view(rows_NB.dtype)
-    numbers_TKD = _unpacked(looked_up).float()
+    numbers_TKD = unpack_rows(looked_up).float()
     d = numbers_TKD.shape[-1]
     block = torch.arange(num_blocks, device=indices_TK.device)
     member_TEK = (indices_TK // n).unsqueeze(1) == block.view(1, -1, 1)

@@ -5,7 +5,7 @@ In a memory layer: the leading singular pair of the summed core, and the LayerNo
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -27,9 +27,10 @@ _VIEWS = frozenset(
 
 
 def fold_constants(gm: GraphModule, weights: Mapping[str, Tensor], *, small_bytes: int = SMALL_BYTES) -> PassResult:
-    """Replace values that depend on weights alone by buffers `folded_<n>` of `gm`.
+    """Replace values that depend on weights alone by buffers `folded_<hash>` of `gm`.
 
-    A value is folded if it takes at most `small_bytes`, or no more than the weights that only it reads.
+    A value is folded if it takes at most `small_bytes`, or no more than the weights that only it reads. Equal values
+    have one name, in this graph and in others of the same model, so that graphs can share them.
 
     Args:
         gm: a graph whose weights are placeholders.
@@ -54,16 +55,22 @@ def fold_constants(gm: GraphModule, weights: Mapping[str, Tensor], *, small_byte
     if not worth:
         return finish(gm, False)
     values = _Evaluate(gm, weights).values(worth)
-    taken = {node.name.removeprefix("b_") for node in gm.graph.nodes if node.op == "placeholder"}
+    made = {node.name.removeprefix("b_"): node for node in gm.graph.nodes if node.op == "placeholder"}
     for node, value in zip(worth, values, strict=True):
-        name = next(name for name in map("folded_{}".format, itertools.count()) if name not in taken)
-        taken.add(name)
-        gm.register_buffer(name, value)
-        with gm.graph.inserting_before(node):
-            folded = gm.graph.get_attr(name)
-        folded.meta = dict(node.meta)
-        node.replace_all_uses_with(folded)
+        name = f"folded_{_hash(value)}"
+        if name not in made:
+            gm.register_buffer(name, value)
+            with gm.graph.inserting_before(node):
+                made[name] = gm.graph.get_attr(name)
+            made[name].meta = dict(node.meta)
+        node.replace_all_uses_with(made[name])
     return finish(gm, True)
+
+
+def _hash(value: Tensor) -> str:
+    digest = hashlib.blake2b(f"{value.dtype} {tuple(value.shape)}".encode(), digest_size=8)
+    digest.update(value.cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _constant_nodes(gm: GraphModule, weights: Mapping[str, Tensor]) -> set[Node]:

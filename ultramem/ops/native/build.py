@@ -1,8 +1,9 @@
 """Build the C++ kernels beside their sources: `python -m ultramem.ops.native.build`.
 
-One library for each instruction set, named after it and after a hash of the sources, so that one built from other
-sources is never taken for these. Nothing but the standard library is imported: the installer runs this file where
-neither PyTorch nor this package can be imported.
+Two products of the same headers: ops of PyTorch, and the plugin library of ONNX Runtime. Of each one library for each
+instruction set, named after it and after a hash of the sources, so that one built from other sources is never taken for
+these. Nothing but the standard library is imported: the installer runs this file where neither PyTorch nor this package
+can be imported.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 COMMAND = "python -m ultramem.ops.native.build"
@@ -35,14 +37,32 @@ _FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-DNDEBUG",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # 2.11, the oldest that pyproject.toml takes
     "-Wall",
     "-Wno-maybe-uninitialized",  # GCC 12 says so of its own AVX-512 header
     "-Wno-psabi",
 )
 
+_TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)  # 2.11, the oldest that pyproject.toml takes
 
 _LINES_OF_COMPILER = 12  # of what it said: templates fill pages after the first error
+
+
+class Product(NamedTuple):
+    """What one library is made from."""
+
+    prefix: str
+    """What its file name begins with."""
+    source: Path
+    """The file that is compiled."""
+    headers: tuple[Path, ...]
+    """The folders whose headers it may include."""
+
+
+TORCH_OPS = Product("ultramem_native", FOLDER / "library.cc", (FOLDER,))
+ONNX_PLUGIN = Product(
+    "ultramem_onnx", FOLDER / "onnx/library.cc", (FOLDER, FOLDER / "onnx", FOLDER / "third_party/onnxruntime")
+)
+PRODUCTS = (TORCH_OPS, ONNX_PLUGIN)
 
 
 class BuildError(RuntimeError):
@@ -55,21 +75,22 @@ def variants() -> dict[str, tuple[str, ...]]:
 
 
 @cache
-def sources_hash() -> str:
+def sources_hash(product: Product) -> str:
     """Of all that a library is made from, flags included."""
     digest = hashlib.blake2b(digest_size=8)
-    for file in sorted((*FOLDER.glob("*.h"), FOLDER / "library.cc", Path(__file__))):
+    headers = (file for folder in product.headers for file in folder.glob("*.h"))
+    for file in (*sorted(headers), product.source, Path(__file__)):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 
-def library_file(variant: str, folder: Path = FOLDER) -> Path:
-    return folder / f"ultramem_native-{variant}-{sources_hash()}.so"
+def library_file(product: Product, variant: str, folder: Path = FOLDER) -> Path:
+    return folder / f"{product.prefix}-{variant}-{sources_hash(product)}.so"
 
 
-def other_libraries(folder: Path = FOLDER) -> list[Path]:
+def other_libraries(product: Product, folder: Path = FOLDER) -> list[Path]:
     """Libraries that were built from other sources than those that are here now."""
-    return [file for file in folder.glob("ultramem_native-*.so") if sources_hash() not in file.name]
+    return [file for file in folder.glob(f"{product.prefix}-*.so") if sources_hash(product) not in file.name]
 
 
 def build(folder: Path = FOLDER) -> list[Path]:
@@ -80,31 +101,37 @@ def build(folder: Path = FOLDER) -> list[Path]:
     """
     compiler, torch = _compiler(), _torch_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    stale, built = other_libraries(folder), []
-    for variant, flags in variants().items():
-        target = library_file(variant, folder)
-        built.append(target)
-        if target.is_file():
-            continue
-        written = target.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole: another process may be loading
-        command = [
-            *(compiler, *_FLAGS, *flags),
-            *("-isystem", str(torch / "include")),
-            *(str(FOLDER / "library.cc"), "-o", str(written)),
-            # Found by name at load time: PyTorch is in the process already.
-            *(f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"),
-        ]
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode:
-                said = "\n".join(result.stderr.strip().splitlines()[:_LINES_OF_COMPILER])
-                raise BuildError(f"{' '.join(command)} failed:\n{said}")
-            written.replace(target)
-        finally:
-            written.unlink(missing_ok=True)
+    stale = [file for product in PRODUCTS for file in other_libraries(product, folder)]
+    built = []
+    for product in PRODUCTS:
+        for variant, flags in variants().items():
+            target = library_file(product, variant, folder)
+            built.append(target)
+            if not target.is_file():
+                before, after = _torch_arguments(torch) if product is TORCH_OPS else ((), ())
+                _compile([compiler, *_FLAGS, *flags, *before, str(product.source)], target, after)
     for file in stale:
         file.unlink()
     return built
+
+
+def _torch_arguments(torch: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Before and after the source. The libraries are found by name at load time: PyTorch is in the process already."""
+    before = (*_TORCH_FLAGS, "-isystem", str(torch / "include"))
+    return before, (f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10")
+
+
+def _compile(start: list[str], target: Path, end: tuple[str, ...]) -> None:
+    written = target.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole: another process may be loading
+    command = [*start, "-o", str(written), *end]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            said = "\n".join(result.stderr.strip().splitlines()[:_LINES_OF_COMPILER])
+            raise BuildError(f"{' '.join(command)} failed:\n{said}")
+        written.replace(target)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 def _compiler() -> str:

@@ -21,10 +21,12 @@ class Library(NamedTuple):
 
 
 # What torch.backends.cpu.get_cpu_capability() answers on x86-64, and the variant for it.
+NO_VARIANT = "this processor has neither AVX2 nor AVX-512, which the C++ kernels are built for"
 _X86_VARIANT_OF = {"AVX512": "avx512", "AVX2": "avx2"}
 
 
-def _variant() -> str | None:
+def variant() -> str | None:
+    """Of the libraries that `build` makes, the one for this processor; None if it can run none of them."""
     if "default" in build.variants():
         return "default"
     return _X86_VARIANT_OF.get(torch.backends.cpu.get_cpu_capability())
@@ -37,10 +39,10 @@ def library() -> Library:
     Warns if one is there that was built from other sources or cannot be loaded; where none was ever built, plain
     PyTorch runs and that is no surprise.
     """
-    variant = _variant()
-    if variant is None:
-        return Library(None, "this processor has neither AVX2 nor AVX-512, which the C++ kernels are built for")
-    file = build.library_file(variant)
+    kind = variant()
+    if kind is None:
+        return Library(None, NO_VARIANT)
+    file = build.library_file(build.TORCH_OPS, kind)
     if file.is_file():
         try:
             torch.ops.load_library(file)
@@ -50,7 +52,7 @@ def library() -> Library:
             warnings.warn(f"{problem}; plain PyTorch runs instead", stacklevel=2)
             return Library(None, problem)
         return Library(file, "")
-    if build.other_libraries():
+    if build.other_libraries(build.TORCH_OPS):
         problem = f"the C++ kernels in {build.FOLDER} were built from other sources: build them with {build.COMMAND}"
         warnings.warn(f"{problem}; plain PyTorch runs instead", stacklevel=2)
         return Library(None, problem)

@@ -1,0 +1,84 @@
+// The plugin library of ONNX Runtime: kernels of the nodes of domain `ultramem`, for every type that a node may have.
+#include <map>
+#include <mutex>
+#include <thread>
+
+#include "lookups.h"
+#include "permutes.h"
+#include "selects.h"
+
+namespace ultramem::ort {
+namespace {
+
+constexpr const char* kDomain = "ultramem";
+// Of the session options: how many threads the session has. Work is cut for as many; all of the machine's if unset.
+constexpr const char* kThreadsEntry = "ultramem.intra_op_num_threads";
+
+// The instructions that this file was compiled for.
+bool runs_here() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return true;
+#endif
+}
+
+int threads_of(const OrtSessionOptions* options) {
+  int has = 0;
+  check(api->HasSessionConfigEntry(options, kThreadsEntry, &has));
+  if (!has) return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  std::size_t size = 0;
+  check(api->GetSessionConfigEntry(options, kThreadsEntry, nullptr, &size));
+  std::string text(size, '\0');
+  check(api->GetSessionConfigEntry(options, kThreadsEntry, text.data(), &size));
+  const int threads = std::atoi(text.c_str());
+  if (threads < 1) fail(kThreadsEntry, " must be a number of at least 1, got '", text.c_str(), "'");
+  return threads;
+}
+
+struct Registration {
+  explicit Registration(int threads) : ops(threads) {
+    check(api->CreateCustomOpDomain(kDomain, &domain));
+    ops.add<LookupReduce<float, float>, LookupReduce<double, double>, LookupReduce<float16, float16>,
+            LookupReduce<bfloat16, bfloat16>, LookupReduce<float16, float>, LookupReduce<bfloat16, float>>(domain);
+    ops.add<LookupReduceQuantized<Int8Rows, float>, LookupReduceQuantized<Int8Rows, float16>,
+            LookupReduceQuantized<Int8Rows, bfloat16>, LookupReduceQuantized<Int4Rows, float>,
+            LookupReduceQuantized<Int4Rows, float16>, LookupReduceQuantized<Int4Rows, bfloat16>>(domain);
+    ops.add<LookupDot<float>, LookupDot<double>, LookupDot<float16>, LookupDot<bfloat16>>(domain);
+    ops.add<PermuteAddresses>(domain);
+    ops.add<ProductTopK<float>, ProductTopK<double>, ProductTopK<float16>, ProductTopK<bfloat16>>(domain);
+    ops.add<TuckerTopK<float>, TuckerTopK<double>, TuckerTopK<float16>, TuckerTopK<bfloat16>>(domain);
+  }
+
+  Ops ops;
+  OrtCustomOpDomain* domain = nullptr;
+};
+
+}  // namespace
+}  // namespace ultramem::ort
+
+// What SessionOptions.register_custom_ops_library of every language calls.
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                               const OrtApiBase* base) {
+  using namespace ultramem::ort;
+  static std::mutex mutex;
+  static auto& registrations = *new std::map<int, Registration>;  // by threads, never destroyed
+  const std::lock_guard<std::mutex> lock(mutex);
+  api = base->GetApi(ORT_API_VERSION);
+  if (api == nullptr) {
+    const std::string message = std::string("ultramem's kernels need ONNX Runtime 1.") +
+                                std::to_string(ORT_API_VERSION) + " or newer, this is " + base->GetVersionString();
+    return base->GetApi(1)->CreateStatus(ORT_FAIL, message.c_str());
+  }
+  if (!runs_here()) {
+    return api->CreateStatus(ORT_FAIL, "these kernels of ultramem were built for instructions that this processor lacks");
+  }
+  return guarded("RegisterCustomOps", [&] {
+    const int threads = threads_of(options);
+    const auto [found, made] = registrations.try_emplace(threads, threads);
+    check(api->AddCustomOpDomain(options, found->second.domain));
+  });
+}
