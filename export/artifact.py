@@ -95,7 +95,7 @@ def export_model(
         tell(f"writing {to}")
         passes = backend.write(weights, options, temporary)
         if backend.describe is not None:
-            backend.describe(temporary, model.config, run)
+            backend.describe(temporary, model.config, options, run)
         tell("comparing with eager")
         written = _manifest(model, weights, to, options, temporary, passes, bits_per_byte)
         manifest.write_manifest(temporary, written)

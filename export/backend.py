@@ -35,7 +35,7 @@ class Backend:
     tables: tuple[str, ...] = tuple(TABLE_BITS)
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Why a type is not there, for those that users ask for."""
-    describe: Callable[[Path, ModelConfig, RunFacts | None], None] | None = None
+    describe: Callable[[Path, ModelConfig, ExportOptions, RunFacts | None], None] | None = None
     """Write what the folder says of the run, after `write`; None: nothing."""
     has_graph: bool = True
     """Whether sizes can be fixed."""

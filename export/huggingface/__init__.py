@@ -75,13 +75,13 @@ def export_huggingface(model: Transformer, options: ExportOptions, folder: Path)
     return ()
 
 
-def describe_run(folder: Path, config: ModelConfig, run: RunFacts | None) -> None:
+def describe_run(folder: Path, config: ModelConfig, options: ExportOptions, run: RunFacts | None) -> None:
     """Write the model card, and of a run its tokenizer and the tokens that `generate` begins and ends with.
 
     Raises:
         ValueError: the model's vocabulary is not that of the run's tokenizer.
     """
-    (folder / "README.md").write_text(model_card(config, run), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(config, run, options), encoding="utf-8")
     if run is None:
         return
     if run.vocab_size != config.vocab_size:

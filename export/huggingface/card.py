@@ -7,6 +7,7 @@ from typing import Any
 import ultramem
 from ultramem.config import ModelConfig
 from ultramem.counts import count
+from ultramem.export.options import ExportOptions
 from ultramem.export.run_facts import RunFacts
 
 _SPLITS = {
@@ -30,12 +31,13 @@ first where you do not know who wrote it. Made for transformers 5.24; `generate`
 assisted decoding, with left padding."""
 
 
-def model_card(config: ModelConfig, run: RunFacts | None) -> str:
-    """README.md of an export; without a run only what the model's shape says."""
+def model_card(config: ModelConfig, run: RunFacts | None, options: ExportOptions | None = None) -> str:
+    """README.md of an export; without a run only what the model's shape and the options say."""
+    options = options or ExportOptions()
     name = run.name if run is not None else family(config)
-    parts = [_front_matter(config), f"# {name}", _what_it_is(config), "## Use", _use(run)]
+    parts = [_front_matter(config), f"# {name}", _what_it_is(config) + _rounding(options), "## Use", _use(run)]
     if run is not None:
-        parts += ["## Figures", _figures(run), "## Training", _training(run)]
+        parts += ["## Figures", _figures(run, options), "## Training", _training(run)]
     parts += [
         "## Limits",
         f"Contexts up to {config.max_positions:,} tokens. It continues text like that which it was trained on; it was "
@@ -86,7 +88,14 @@ def _use(run: RunFacts | None) -> str:
     return use if run is not None else use + " This export has no tokenizer: it was made from a model without its run."
 
 
-def _figures(run: RunFacts) -> str:
+def _rounding(options: ExportOptions) -> str:
+    parts = [f"weights in {options.dtype}"] if options.dtype != "fp32" else []
+    if options.table is not None:
+        parts.append(f"rows of the tables in {options.table} with a float32 scale each")
+    return f" Rounded after training: {', '.join(parts)}." if parts else ""
+
+
+def _figures(run: RunFacts, options: ExportOptions) -> str:
     if not run.evaluations:
         return "The run's folder holds no evaluation."
     rows = [
@@ -97,6 +106,8 @@ def _figures(run: RunFacts) -> str:
         figures = (f"{row['bits_per_byte']:.4f}", f"{row['eval_loss']:.4f}", f"{row['perplexity']:.3f}")
         cells = (_SPLITS.get(split, split), *figures, f"{row['tokens']:,}", f"{row['step']:,}")
         rows.append("| " + " | ".join(cells) + " |")
+    if _rounding(options):
+        rows += ["", "Of the float32 weights; `parity.rounding` in `manifest.json` says what rounding cost."]
     return "\n".join(rows)
 
 

@@ -85,6 +85,15 @@ def test_the_card_says_what_the_run_says(exported):
     assert "(UltraMem)" in card
 
 
+def test_a_card_does_not_pass_off_figures_of_other_weights():
+    plain = model_card(CONFIG, FACTS)
+    rounded_card = model_card(CONFIG, FACTS, ExportOptions(dtype="bf16", table="int8"))
+    assert "Rounded" not in plain
+    assert "Of the float32 weights" not in plain
+    assert "weights in bf16, rows of the tables in int8 with a float32 scale each" in rounded_card
+    assert "Of the float32 weights; `parity.rounding` in `manifest.json` says what rounding cost." in rounded_card
+
+
 def test_a_card_invents_nothing():
     bare = model_card(DENSE, None)
     assert "## Figures" not in bare
