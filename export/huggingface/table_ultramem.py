@@ -1,6 +1,6 @@
 """Tables of rows that memory layers read, in plain PyTorch. It stands beside the weights.
 
-Shapes: N rows, V value dim, P expert dim, B bytes a row, T tokens, K slots a token, C cores, E blocks.
+Shapes: N rows, V value dim, P expert dim, B bytes a row, T tokens, K slots a token, C cores, E blocks, X = V/C.
 """
 
 import torch
@@ -71,16 +71,16 @@ class QuantizedTable(nn.Module):
         """As `ValueTable`, added in float32, some tokens at a time: rows take four to eight times their space."""
         n = self.rows_NB.shape[0]
         wide = torch.promote_types(scores_TKC.dtype, torch.float32)
+        block_E1 = torch.arange(num_blocks, device=indices_TK.device).unsqueeze(1)
         parts = []
         for index_TK, score_TKC in zip(indices_TK.split(64), scores_TKC.to(wide).split(64), strict=True):
             row_TK = index_TK % n
-            weight_TKC = score_TKC * self.scales_N[row_TK].to(wide).unsqueeze(-1)
             rows_TKV = _unpacked(self.rows_NB[row_TK]).to(wide)
-            t, k, v = rows_TKV.shape
-            weighted_TKV = (rows_TKV.view(t, k, weight_TKC.shape[2], -1) * weight_TKC.unsqueeze(-1)).flatten(2)
-            pooled_TEV = weighted_TKV.new_zeros(t, num_blocks, v)
-            block_TKV = (index_TK // n).unsqueeze(-1).expand(t, k, v)
-            parts.append(pooled_TEV.scatter_add(1, block_TKV, weighted_TKV))
+            weights_TC1K = (score_TKC * self.scales_N[row_TK].to(wide).unsqueeze(-1)).mT.unsqueeze(2)
+            member_T1EK = ((index_TK // n).unsqueeze(1) == block_E1).unsqueeze(1)
+            columns_TCKX = rows_TKV.unflatten(2, (score_TKC.shape[2], -1)).transpose(1, 2)
+            pooled_TCEX = member_T1EK * weights_TC1K @ columns_TCKX
+            parts.append(pooled_TCEX.transpose(1, 2).flatten(2))
         return torch.cat(parts).to(scores_TKC.dtype)
 
     def expert_products(self, indices_TK: Tensor, query_TP: Tensor) -> Tensor:
