@@ -10,17 +10,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ultramem.export import aot_inductor, manifest, onnx
+from ultramem.export import aot_inductor, huggingface, manifest, onnx
 from ultramem.export.backend import Run
 from ultramem.export.manifest import Manifest
 from ultramem.export.options import ExportOptions
 from ultramem.export.parity import BitsPerByte, measure_parity
 from ultramem.export.program import PassRecord
 from ultramem.export.rounding import rounded
+from ultramem.export.run_facts import RunFacts
 from ultramem.export.signature import check_inputs, tensor_specs
 from ultramem.graph.transformer import Transformer
 
-BACKENDS = {each.name: each for each in (onnx.BACKEND, aot_inductor.BACKEND)}
+BACKENDS = {each.name: each for each in (onnx.BACKEND, aot_inductor.BACKEND, huggingface.BACKEND)}
 ENGINES = tuple(BACKENDS)
 
 
@@ -52,6 +53,7 @@ def export_model(
     *,
     options: ExportOptions | None = None,
     bits_per_byte: BitsPerByte | None = None,
+    run: RunFacts | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Manifest:
@@ -59,10 +61,13 @@ def export_model(
 
     Args:
         model: a `Transformer` in eval mode, float32, on the CPU.
-        to: "onnx" (model.onnx) or "aoti" (model.pt2, native code for this kind of machine).
+        to: "onnx" (model.onnx), "aoti" (model.pt2, native code for this kind of machine) or "huggingface" (a folder
+            for transformers).
         out_dir: the folder to make, beside which a temporary one stands until all is done.
         options: types and sizes; None: float32, any sizes.
         bits_per_byte: of a model on held-out text, to record what rounding costs.
+        run: what a model card and tokenizer files are made from, where the engine has them (see
+            `ultramem.runtime.run_facts`).
         overwrite: replace an earlier export there.
         progress: called with a line before each step.
 
@@ -89,6 +94,8 @@ def export_model(
     try:
         tell(f"writing {to}")
         passes = backend.write(weights, options, temporary)
+        if backend.describe is not None:
+            backend.describe(temporary, model.config, options, run)
         tell("comparing with eager")
         written = _manifest(model, weights, to, options, temporary, passes, bits_per_byte)
         manifest.write_manifest(temporary, written)
@@ -145,7 +152,7 @@ def check_engine(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(
             f"an export must be to one of {', '.join(ENGINES)}, got {name!r} "
-            "(tensorrt and huggingface are not available in this version)"
+            "(tensorrt is not available in this version)"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ultramem.config import ModelConfig
 from ultramem.export.options import DTYPES, TABLE_BITS, ExportOptions
 from ultramem.export.program import PassRecord
+from ultramem.export.run_facts import RunFacts
 from ultramem.graph.transformer import Transformer
 
 Run = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
@@ -34,6 +35,10 @@ class Backend:
     tables: tuple[str, ...] = tuple(TABLE_BITS)
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Why a type is not there, for those that users ask for."""
+    describe: Callable[[Path, ModelConfig, ExportOptions, RunFacts | None], None] | None = None
+    """Write what the folder says of the run, after `write`; None: nothing."""
+    has_graph: bool = True
+    """Whether sizes can be fixed."""
     decode_beside: bool = False
     """With `decode`, the general graph is there as well."""
 
@@ -50,6 +55,9 @@ class Backend:
             if value not in accepted:
                 why = f" ({self.lacks[value]})" if value in self.lacks else ""
                 raise ValueError(f"{name} must be one of {', '.join(accepted)} for {self.name}, got {value!r}{why}")
+        if not self.has_graph and (options.static is not None or options.decode):
+            chosen = "decode" if options.static is None else f"static {options.static}"
+            raise ValueError(f"static and decode must be left out for {self.name}, which has no graph, got {chosen}")
 
     def seq(self, options: ExportOptions) -> int | None:
         """The only number of new tokens that the folder's graphs take; None: any."""

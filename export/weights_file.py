@@ -17,10 +17,11 @@ ALIGNMENT = 64  # of the first byte of the data, for readers that map the file
 _BYTES_AT_ONCE = 1 << 24
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_weights(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
     """Write contiguous CPU tensors, those of wide types first, so that each is aligned to its own size."""
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
-    header, end = {}, 0
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata is not None else {}
+    end = 0
     for name, tensor in ordered.items():
         header[name] = {
             "dtype": _NAMES[tensor.dtype],

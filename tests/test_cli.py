@@ -82,6 +82,21 @@ def test_report(run, tmp_path, capsys):
     assert out.read_text().startswith("<!doctype html>")
 
 
+def test_export_to_hugging_face_carries_the_runs_tokens_and_figures(run, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    out = tmp_path / "export"
+    assert main(["export", str(run), "--to", "huggingface", "--out", str(out), "--json"]) == 0
+    parity = last_json(capsys)["parity"]
+    assert parity["max_error"] <= parity["allowed"]
+    assert parity["greedy_equal"] == parity["greedy_tokens"]
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    card = (out / "README.md").read_text()
+    assert f"| held-out text | {row['bits_per_byte']:.4f} | {row['eval_loss']:.4f} |" in card
+    assert "2 steps of 2 sequences of 16 tokens (64 tokens)" in card
+    assert AutoTokenizer.from_pretrained(out)("She")["input_ids"] == [256, *b"She"]
+
+
 def test_sampling_follows_its_seed(run, capsys):
     texts = []
     for seed in (1, 1, 2):

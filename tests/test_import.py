@@ -94,5 +94,11 @@ def test_the_wheel_holds_one_top_level_package(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"ultramem"}
-    for needed in ("ops/lookup_reduce.py", "export/__init__.py", "runtime/train.py", "runtime/corpus/austen/emma.txt"):
+    for needed in (
+        "ops/lookup_reduce.py",
+        "export/__init__.py",
+        "export/huggingface/modeling_ultramem.py",
+        "runtime/train.py",
+        "runtime/corpus/austen/emma.txt",
+    ):
         assert f"ultramem/{needed}" in names

@@ -105,7 +105,7 @@ def _build_parser() -> _Parser:
 
     sub = command("export", _export, "Lower a run to another engine, run the artefact and record its parity.")
     sub.add_argument("run_folder", type=Path, metavar="RUN")
-    sub.add_argument("--to", required=True, choices=EXPORTS)
+    sub.add_argument("--to", required=True, choices=(*EXPORTS, "huggingface"))
     sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="export folder to write")
     sub.add_argument("--dtype", default="fp32", metavar="T", help="of weights: fp32, fp16 or bf16 (default: fp32)")
     sub.add_argument("--table", metavar="T", help="rows of the value tables: int8 or int4 (default: as --dtype)")
@@ -249,6 +249,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     from ultramem.export import ExportOptions, export_model
     from ultramem.export.options import parse_static
     from ultramem.graph.weights import load
+    from ultramem.runtime.run_facts import run_facts
 
     options = ExportOptions(
         dtype=args.dtype,
@@ -259,7 +260,8 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     model = load(args.run_folder)
     rounds = (options.dtype, options.table) != ("fp32", None)
     bits_per_byte = _held_out_bits(args.run_folder) if rounds else None
-    manifest = export_model(model, args.to, args.out, options=options, bits_per_byte=bits_per_byte)
+    run = run_facts(args.run_folder) if args.to == "huggingface" else None
+    manifest = export_model(model, args.to, args.out, options=options, bits_per_byte=bits_per_byte, run=run)
     document: dict[str, Any] = json.loads((args.out / "manifest.json").read_text())
     if not args.json:
         print(f"{args.out}: {manifest}")

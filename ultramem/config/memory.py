@@ -53,6 +53,8 @@ class MemoryConfig:
     """One query for all heads; False gives each head its own."""
     qk_norm: Literal["layer", "rms", "none"] = "layer"
     """Norm of queries and keys; the released code has RMSNorm."""
+    qk_norm_eps: float = 1e-5
+    """Added to the variance (or the mean square) in that norm."""
     score_function: Literal["none", "softmax"] = "none"
     """What kept scores go through before they weight rows; softmax is over the m slots of a head."""
     output: Literal["project", "gated", "none"] = "project"
@@ -86,7 +88,9 @@ class MemoryConfig:
             self, 1, "hidden_size", "num_layers", "value_dim", "key_dim", "knum", "num_heads", "top_m", "rank",
             "num_cores", "expansion", "conv_width", "table_layers", "candidate_ratio",
         )  # fmt: skip
-        require_fields_at_least(self, 0, "permutation_seed", "expert_dim", "aux_loss_weight", "aux_loss_margin")
+        require_fields_at_least(
+            self, 0, "permutation_seed", "expert_dim", "qk_norm_eps", "aux_loss_weight", "aux_loss_margin"
+        )
         require_literals(self)
         if math.isqrt(self.expansion) ** 2 != self.expansion:
             raise ValueError(f"expansion must be a perfect square (1, 4, 9, 16), got {self.expansion}")

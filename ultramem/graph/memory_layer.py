@@ -25,8 +25,8 @@ def _norm(config: MemoryConfig) -> nn.Module:
     if config.qk_norm == "none":
         return nn.Identity()
     if config.qk_norm == "rms":
-        return nn.RMSNorm(config.rank_key_dim, eps=1e-6)
-    return nn.LayerNorm(config.rank_key_dim, bias=False)
+        return nn.RMSNorm(config.rank_key_dim, eps=config.qk_norm_eps)
+    return nn.LayerNorm(config.rank_key_dim, eps=config.qk_norm_eps, bias=False)
 
 
 class Query(nn.Module):
