@@ -1,4 +1,7 @@
 // The plugin library of ONNX Runtime: kernels of the nodes of domain `ultramem`, for every type that a node may have.
+#include <dlfcn.h>
+
+#include <filesystem>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -6,6 +9,10 @@
 #include "lookups.h"
 #include "permutes.h"
 #include "selects.h"
+
+// What SessionOptions.register_custom_ops_library of every language calls.
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                               const OrtApiBase* base);
 
 namespace ultramem::ort {
 namespace {
@@ -39,6 +46,25 @@ int threads_of(const OrtSessionOptions* options) {
   return threads;
 }
 
+// The library with the kernels for GPUs, if it was built: it stands beside this one.
+#if !defined(ULTRAMEM_CUDA_LIBRARY)
+#define ULTRAMEM_CUDA_LIBRARY ""
+#endif
+
+void add_cuda_ops(OrtCustomOpDomain* domain) {
+  Dl_info self{};
+  const std::string name = ULTRAMEM_CUDA_LIBRARY;
+  if (name.empty() || !dladdr(reinterpret_cast<void*>(&RegisterCustomOps), &self)) return;
+  const std::filesystem::path file = std::filesystem::path(self.dli_fname).replace_filename(name);
+  if (!std::filesystem::exists(file)) return;
+  void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) throw std::runtime_error(dlerror());
+  using AddOps = OrtStatus*(OrtCustomOpDomain*, const OrtApi*);
+  auto* add_ops = reinterpret_cast<AddOps*>(dlsym(library, "UltramemAddCudaOps"));
+  if (add_ops == nullptr) throw std::runtime_error(dlerror());
+  check(add_ops(domain, api));
+}
+
 struct Registration {
   explicit Registration(int threads) : ops(threads) {
     check(api->CreateCustomOpDomain(kDomain, &domain));
@@ -51,6 +77,7 @@ struct Registration {
     ops.add<PermuteAddresses>(domain);
     ops.add<ProductTopK<float>, ProductTopK<double>, ProductTopK<float16>, ProductTopK<bfloat16>>(domain);
     ops.add<TuckerTopK<float>, TuckerTopK<double>, TuckerTopK<float16>, TuckerTopK<bfloat16>>(domain);
+    add_cuda_ops(domain);
   }
 
   Ops ops;
@@ -60,9 +87,7 @@ struct Registration {
 }  // namespace
 }  // namespace ultramem::ort
 
-// What SessionOptions.register_custom_ops_library of every language calls.
-extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
-                                                                               const OrtApiBase* base) {
+OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace ultramem::ort;
   static std::mutex mutex;
   static auto& registrations = *new std::map<int, Registration>;  // by threads, never destroyed
