@@ -10,7 +10,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from one_node import assert_rounded, lookup_case, widened
+from one_node import assert_rounded, lookup_case, model_of, run_session, tucker_case, widened
 
 from ultramem import ops
 from ultramem.export import register
@@ -147,5 +147,32 @@ def test_nvrtc_compiles_it_as_it_is(architecture):
 def test_the_library_with_the_kernels_for_gpus_is_loaded_by_the_same_call():
     file = build.library_file(build.CUDA_PLUGIN, build.CUDA_VARIANT)
     assert file.is_file(), f"build it with {build.COMMAND}"
-    register(onnxruntime.SessionOptions())
+    register(onnxruntime.SessionOptions(), device="cuda")
     assert file.name in Path("/proc/self/maps").read_text()
+
+
+@needs_nvcc
+def test_beside_the_kernels_for_gpus_other_nodes_run_their_bodies():
+    """Those of the lookups are for the CUDA provider alone; a selection has none, and its standard operators run."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    register(options, device="cuda")
+    inputs = tucker_case(torch.float32, 3, 2, 16, 2, 2, torch.randn)
+    outputs = {"scores": (torch.float32, 4), "addresses": (torch.int64, 3)}
+    _, addresses = run_session(model_of("TuckerTopK", inputs, outputs, k=4), inputs, options)
+    assert addresses.equal(reference.tucker_topk(*inputs.values(), 4).addresses)
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(ValueError, match="device must be one of cpu, cuda, got 'tpu'"):
+        register(onnxruntime.SessionOptions(), device="tpu")
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("ultramem.device", "tpu")
+    with pytest.raises(RuntimeError, match=r"ultramem\.device must be one of cpu, cuda, got 'tpu'"):
+        register(options)
+
+
+def test_kernels_for_gpus_that_are_not_built_are_an_error_that_says_so(monkeypatch):
+    monkeypatch.setattr(build, "CUDA_VARIANT", "sm_none")
+    with pytest.raises(RuntimeError, match="the kernels for GPUs are not built: where nvcc is, build them with"):
+        register(onnxruntime.SessionOptions(), device="cuda")

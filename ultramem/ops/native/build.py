@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,7 @@ _FLAGS = (
 
 _TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)  # 2.11, the oldest that pyproject.toml takes
 
+_MOST_COMPILERS = 4  # beside each other: one takes up to 1 GB
 _LINES_OF_COMPILER = 12  # of what it said: templates fill pages after the first error
 
 
@@ -116,9 +118,10 @@ def build(folder: Path = FOLDER) -> list[Path]:
         commands[library_file(ONNX_PLUGIN, variant, folder)] = [*start, name, str(ONNX_PLUGIN.source)], ("-ldl",)
     if nvcc := shutil.which("nvcc"):
         commands[cuda] = [nvcc, *_NVCC_FLAGS, str(CUDA_PLUGIN.source)], ()
-    for target, (start, end) in commands.items():
-        if not target.is_file():
-            _compile(start, target, end)
+    with ThreadPoolExecutor(min(_MOST_COMPILERS, os.cpu_count() or 1)) as pool:
+        missing = [target for target in commands if not target.is_file()]
+        for done in [pool.submit(_compile, commands[target][0], target, commands[target][1]) for target in missing]:
+            done.result()
     for file in stale:
         file.unlink()
     return list(commands)

@@ -1,5 +1,5 @@
-// The lookups of the plugin library on ONNX Runtime's CUDA provider. The library for the CPU loads this one where it
-// stands beside it, so that one registration gives both.
+// The lookups of the plugin library on ONNX Runtime's CUDA provider. The library for the CPU loads this one, which stands
+// beside it, for sessions that ask for the device.
 #include <cuda_runtime.h>
 
 #include <limits>
