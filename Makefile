@@ -78,7 +78,7 @@ $(READY): pyproject.toml constraints.txt setup.py
 	touch $@
 
 # The install has built them; this is for whoever edits them.
-$(KERNELS): $(READY) $(wildcard $(NATIVE)/*.h $(NATIVE)/*.cc $(NATIVE)/onnx/*) $(NATIVE)/build.py
+$(KERNELS): $(READY) $(wildcard $(NATIVE)/*.h $(NATIVE)/*.cc $(NATIVE)/onnx/*.* $(NATIVE)/onnx/cuda/*) $(NATIVE)/build.py
 	$(BIN)/python -m ultramem.ops.native.build
 	touch $@
 

@@ -24,6 +24,7 @@ TITLES = {
     "lookup": "Lookup, forward",
     "backward": "Lookup, backward with values",
     "quantised": "Lookup in int8 and int4 rows",
+    "onnx_lookup": "Lookup node in ONNX Runtime",
     "select": "Selection",
     "update": "Update of the table",
     "layer": "A whole layer, forward",

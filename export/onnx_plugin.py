@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 from ultramem.ops.native import build
 from ultramem.ops.native.library import NO_VARIANT, variant
 
-_THREADS_ENTRY = "ultramem.intra_op_num_threads"  # read by ops/native/onnx/library.cc
+DEVICES = ("cpu", "cuda")
+# Read by ops/native/onnx/library.cc.
+_THREADS_ENTRY = "ultramem.intra_op_num_threads"
+_DEVICE_ENTRY = "ultramem.device"
 
 
 class Plugin(NamedTuple):
@@ -34,23 +37,33 @@ def find_plugin() -> Plugin:
     return Plugin(None, f"the kernels for ONNX Runtime {state}: build them with {build.COMMAND}")
 
 
-def register(session_options: Any) -> Path:
+def register(session_options: Any, *, device: str = "cpu") -> Path:
     """Have sessions with these options run the nodes of domain `ultramem` by this package's kernels.
 
-    Without it, or with a file that has no such nodes, ONNX Runtime runs the nodes' bodies of standard operators.
+    Without it ONNX Runtime runs the nodes' bodies of standard operators.
 
     Args:
         session_options: an `onnxruntime.SessionOptions` whose `intra_op_num_threads` is set already, if it is to be.
+        device: "cpu": every node has a kernel. "cuda", for sessions with the CUDA provider: `LookupReduce` and
+            `LookupReduceQuantized` have one, and the other nodes' bodies run beside them on the GPU. No GPU has run
+            these kernels yet. They make a token NaN that has an index outside of the table.
 
     Returns:
         The registered library.
 
     Raises:
+        ValueError: the device is unknown.
         RuntimeError: the library is not built, or ONNX Runtime does not take it.
     """
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     plugin = find_plugin()
     if plugin.file is None:
         raise RuntimeError(plugin.problem)
+    if device == "cuda":
+        if not build.library_file(build.CUDA_PLUGIN, build.CUDA_VARIANT).is_file():
+            raise RuntimeError(f"the kernels for GPUs are not built: where nvcc is, build them with {build.COMMAND}")
+        session_options.add_session_config_entry(_DEVICE_ENTRY, device)
     if session_options.intra_op_num_threads > 0:
         session_options.add_session_config_entry(_THREADS_ENTRY, str(session_options.intra_op_num_threads))
     try:

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.harness.contender import Case
 from benchmarks.harness.row import Row, Suite
-from benchmarks.subjects import backward, layer, lookup, model_step, quantised, select, train_step, update
+from benchmarks.subjects import backward, layer, lookup, model_step, onnx_lookup, quantised, select, train_step, update
 from benchmarks.subjects.shapes import REHEARSAL
 from ultramem.ops import Implementation, use_implementation
 
@@ -22,6 +22,7 @@ _SUBJECTS = {
     "lookup": lookup,
     "backward": backward,
     "quantised": quantised,
+    "onnx_lookup": onnx_lookup,
     "select": select,
     "update": update,
     "layer": layer,

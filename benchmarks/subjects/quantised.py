@@ -153,7 +153,7 @@ def build(row: Row, device: torch.device) -> Case:
         "FBGEMM": fbgemm,
         "unquantised": unquantised,
     }
-    return Case(contenders=contenders, floor=_floor(problem, bits), shape=problem.shape() | {"bits": bits})
+    return Case(contenders=contenders, floor=floor(problem, bits), shape=problem.shape() | {"bits": bits})
 
 
 def _in_float32(bags: Bags) -> Bags:
@@ -186,7 +186,8 @@ def check(
     require_as_exact_as_eager("pooled rows", actual, eager, exact, lost_bits=LOST_BITS if role == "ours" else 0)
 
 
-def _floor(problem: Problem, bits: int) -> Floor:
+def floor(problem: Problem, bits: int) -> Floor:
+    """Rows once each with their scales, indices and scores in, pooled rows out."""
     whole = problem.floor()
     inputs = problem.draw()
     row_bytes = problem.size.value_dim * bits // 8 + SCALE_BYTES

@@ -24,7 +24,7 @@ REHEARSAL = "rehearsal"
 
 
 class Size(NamedTuple):
-    """One UltraMem layer of the paper's Table 6."""
+    """One UltraMem layer; those with a number of parameters are of the paper's Table 6."""
 
     hidden_size: int
     value_dim: int
@@ -45,6 +45,7 @@ SIZES = {
     "151m": Size(1024, 512, 256, 1100, 16),
     "680m": Size(1536, 768, 384, 1632, 35),
     "1.6b": Size(2048, 1024, 448, 1792, 42),
+    "d256": Size(512, 256, 128, 1024, 32),  # of no paper: 2^20 rows of 256, 64 slots
     REHEARSAL: Size(32, 32, 16, 12, 3),
 }
 

@@ -2,8 +2,8 @@
 
 Two products of the same headers: ops of PyTorch, and the plugin library of ONNX Runtime. Of each one library for each
 instruction set, named after it and after a hash of the sources, so that one built from other sources is never taken for
-these. Nothing but the standard library is imported: the installer runs this file where neither PyTorch nor this package
-can be imported.
+these. Where there is nvcc, the plugin library's kernels for GPUs are a third. Nothing but the standard library is
+imported: the installer runs this file where neither PyTorch nor this package can be imported.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,7 @@ _FLAGS = (
 
 _TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)  # 2.11, the oldest that pyproject.toml takes
 
+_MOST_COMPILERS = 4  # beside each other: one takes up to 1 GB
 _LINES_OF_COMPILER = 12  # of what it said: templates fill pages after the first error
 
 
@@ -54,15 +56,19 @@ class Product(NamedTuple):
     """What its file name begins with."""
     source: Path
     """The file that is compiled."""
-    headers: tuple[Path, ...]
-    """The folders whose headers it may include."""
+    folders: tuple[Path, ...]
+    """Of all else that it is made from."""
 
 
 TORCH_OPS = Product("ultramem_native", FOLDER / "library.cc", (FOLDER,))
-ONNX_PLUGIN = Product(
-    "ultramem_onnx", FOLDER / "onnx/library.cc", (FOLDER, FOLDER / "onnx", FOLDER / "third_party/onnxruntime")
-)
-PRODUCTS = (TORCH_OPS, ONNX_PLUGIN)
+# The plugin library knows the name of the one for GPUs, and that one includes some of its headers.
+_PLUGIN_FOLDERS = (FOLDER, FOLDER / "onnx", FOLDER / "onnx/cuda", FOLDER / "third_party/onnxruntime")
+ONNX_PLUGIN = Product("ultramem_onnx", FOLDER / "onnx/library.cc", _PLUGIN_FOLDERS)
+# Machine code for the oldest GPU that has bfloat16, and PTX that a driver compiles for any newer one.
+CUDA_PLUGIN = Product("ultramem_onnx_cuda", FOLDER / "onnx/cuda/library.cu", _PLUGIN_FOLDERS)
+CUDA_VARIANT = "sm_80"
+_NVCC_FLAGS = ("-std=c++17", "-O3", "--shared", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-arch={CUDA_VARIANT}")
+PRODUCTS = (TORCH_OPS, ONNX_PLUGIN, CUDA_PLUGIN)
 
 
 class BuildError(RuntimeError):
@@ -78,8 +84,8 @@ def variants() -> dict[str, tuple[str, ...]]:
 def sources_hash(product: Product) -> str:
     """Of all that a library is made from, flags included."""
     digest = hashlib.blake2b(digest_size=8)
-    headers = (file for folder in product.headers for file in folder.glob("*.h"))
-    for file in (*sorted(headers), product.source, Path(__file__)):
+    others = (file for folder in product.folders for kind in ("h", "cuh", "cu") for file in folder.glob(f"*.{kind}"))
+    for file in (*sorted(others), product.source, Path(__file__)):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
@@ -102,17 +108,23 @@ def build(folder: Path = FOLDER) -> list[Path]:
     compiler, torch = _compiler(), _torch_folder()
     folder.mkdir(parents=True, exist_ok=True)
     stale = [file for product in PRODUCTS for file in other_libraries(product, folder)]
-    built = []
-    for product in PRODUCTS:
-        for variant, flags in variants().items():
-            target = library_file(product, variant, folder)
-            built.append(target)
-            if not target.is_file():
-                before, after = _torch_arguments(torch) if product is TORCH_OPS else ((), ())
-                _compile([compiler, *_FLAGS, *flags, *before, str(product.source)], target, after)
+    before, after = _torch_arguments(torch)
+    cuda = library_file(CUDA_PLUGIN, CUDA_VARIANT, folder)
+    commands: dict[Path, tuple[list[str], tuple[str, ...]]] = {}
+    for variant, flags in variants().items():
+        start = [compiler, *_FLAGS, *flags]
+        commands[library_file(TORCH_OPS, variant, folder)] = [*start, *before, str(TORCH_OPS.source)], after
+        name = f'-DULTRAMEM_CUDA_LIBRARY="{cuda.name}"'
+        commands[library_file(ONNX_PLUGIN, variant, folder)] = [*start, name, str(ONNX_PLUGIN.source)], ("-ldl",)
+    if nvcc := shutil.which("nvcc"):
+        commands[cuda] = [nvcc, *_NVCC_FLAGS, str(CUDA_PLUGIN.source)], ()
+    with ThreadPoolExecutor(min(_MOST_COMPILERS, os.cpu_count() or 1)) as pool:
+        missing = [target for target in commands if not target.is_file()]
+        for done in [pool.submit(_compile, commands[target][0], target, commands[target][1]) for target in missing]:
+            done.result()
     for file in stale:
         file.unlink()
-    return built
+    return list(commands)
 
 
 def _torch_arguments(torch: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -7,14 +7,10 @@
 #include <utility>
 #include <vector>
 
+#include "lookup_sizes.h"
 #include "simd.h"
 
 namespace ultramem {
-
-// N rows of D columns, T tokens of K slots, C cores, E blocks.
-struct LookupSizes {
-  std::int64_t n, d, t, k, c, e;
-};
 
 struct Place {
   std::int64_t row, block;

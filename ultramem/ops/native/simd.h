@@ -5,6 +5,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "elements.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -12,13 +14,6 @@
 namespace ultramem {
 
 #define ULTRAMEM_INLINE inline __attribute__((always_inline))
-
-struct bfloat16 {
-  std::uint16_t bits;
-};
-struct float16 {
-  std::uint16_t bits;
-};
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;

@@ -5,6 +5,7 @@
 
 #include "../lookup_dot.h"
 #include "../lookup_reduce.h"
+#include "lookup_shapes.h"
 #include "op.h"
 
 namespace ultramem::ort {
@@ -20,24 +21,11 @@ inline void require_in_range(const Input& indices, std::int64_t size) {
   }
 }
 
-// N and E of `table` and the node, D columns, T and K of the indices, C of the scores.
-inline LookupSizes lookup_sizes(const Input& table, const Input& indices, const Input& scores, std::int64_t blocks,
-                                std::int64_t columns, bool even_cores) {
-  const LookupSizes size{table[0], columns, indices[0], indices[1], scores[2], blocks};
-  scores.require_shape({size.t, size.k, size.c}, "[T,K] of indices, then C");
-  if (size.c < 1 || size.d % size.c || (even_cores && size.d / size.c % 2)) {
-    fail("scores must have a number of cores that divides the value dim ", size.d,
-         even_cores ? ", into even parts for int4" : "", ", got ", size.c);
-  }
-  if (size.n > (std::int64_t{1} << 62) / blocks) fail("num_blocks times the rows must be at most 2^62, got ", blocks);
-  require_in_range(indices, size.n * blocks);
-  return size;
-}
-
 template <class Value, class Score>
 class LookupReduce {
  public:
   static constexpr const char* kName = "LookupReduce";
+  static constexpr const char* kProvider = kCpu;
   static constexpr std::array kInputs{kType<Value>, kType<std::int64_t>, kType<Score>};
   static constexpr std::array kOutputs{kType<Value>};
 
@@ -47,6 +35,7 @@ class LookupReduce {
     const Input values = context.input(0, "values", 2), indices = context.input(1, "indices", 2);
     const Input scores = context.input(2, "scores", 3);
     const LookupSizes size = lookup_sizes(values, indices, scores, blocks_, values[1], false);
+    require_in_range(indices, size.n * size.e);
     lookup_reduce(size, FloatRows<Value>{values.read<Value>(), size.d}, indices.read<std::int64_t>(),
                   scores.read<Score>(), context.output<Value>(0, {size.t, size.e, size.d}), context);
   }
@@ -63,12 +52,12 @@ class LookupReduceQuantized {
 
  public:
   static constexpr const char* kName = "LookupReduceQuantized";
+  static constexpr const char* kProvider = kCpu;
   static constexpr std::array kInputs{kType<Stored>, kType<float>, kType<std::int64_t>, kType<Score>};
   static constexpr std::array kOutputs{kType<Score>};
 
   explicit LookupReduceQuantized(const Attributes& attributes) : blocks_(attributes.at_least_one("num_blocks")) {
-    const std::int64_t bits = attributes.integer("bits"), expected = kPacked ? 4 : 8;
-    if (bits != expected) fail("bits must be ", expected, " for rows of ", kPacked ? "uint8" : "int8", ", got ", bits);
+    require_bits(attributes, kPacked);
   }
 
   void compute(const Context& context) const {
@@ -76,6 +65,7 @@ class LookupReduceQuantized {
     const Input indices = context.input(2, "indices", 2), scores = context.input(3, "scores", 3);
     scales.require_shape({rows[0]}, "the rows of rows");
     const LookupSizes size = lookup_sizes(rows, indices, scores, blocks_, rows[1] * (kPacked ? 2 : 1), kPacked);
+    require_in_range(indices, size.n * size.e);
     lookup_reduce(size, Rows{{rows.read<Stored>(), scales.read<float>(), rows[1]}}, indices.read<std::int64_t>(),
                   scores.read<Score>(), context.output<Score>(0, {size.t, size.e, size.d}), context);
   }
@@ -88,6 +78,7 @@ template <class Value>
 class LookupDot {
  public:
   static constexpr const char* kName = "LookupDot";
+  static constexpr const char* kProvider = kCpu;
   static constexpr std::array kInputs{kType<Value>, kType<std::int64_t>, kType<Value>};
   static constexpr std::array kOutputs{kType<Value>};
 

@@ -7,14 +7,16 @@
 
 namespace ultramem::ort {
 
-// Kernel: `kName`, `kInputs` and `kOutputs` (their types, in order), a constructor from Attributes that raises for those
-// that cannot be, and `compute(const Context&) const`.
+constexpr const char* kCpu = "CPUExecutionProvider";
+
+// Kernel: `kName`, `kProvider` of its device, `kInputs` and `kOutputs` (their types, in order), a constructor from
+// Attributes that raises for those that cannot be, and `compute(const Context&) const`.
 template <class Kernel>
 struct Op : OrtCustomOp {
   explicit Op(int threads) : OrtCustomOp{}, threads(threads) {
     version = ORT_API_VERSION;
     GetName = [](const OrtCustomOp*) { return Kernel::kName; };
-    GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
+    GetExecutionProviderType = [](const OrtCustomOp*) { return Kernel::kProvider; };
     GetInputTypeCount = [](const OrtCustomOp*) { return Kernel::kInputs.size(); };
     GetInputType = [](const OrtCustomOp*, std::size_t i) { return Kernel::kInputs[i]; };
     GetOutputTypeCount = [](const OrtCustomOp*) { return Kernel::kOutputs.size(); };

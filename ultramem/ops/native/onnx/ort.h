@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../simd.h"
+#include "../elements.h"
 #include "../third_party/onnxruntime/onnxruntime_c_api.h"
 
 namespace ultramem::ort {
@@ -175,6 +175,13 @@ class Context {
     void* data = nullptr;
     check(api->GetTensorMutableData(value, &data));
     return static_cast<Element*>(data);
+  }
+
+  // Of the CUDA provider: where kernels are launched.
+  void* gpu_stream() const {
+    void* stream = nullptr;
+    check(api->KernelContext_GetGPUComputeStream(context_, &stream));
+    return stream;
   }
 
   // The session's own pool, as kernels take threads: f(begin, end) over [0, count) in pieces of `grain` at least.

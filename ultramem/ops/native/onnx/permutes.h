@@ -11,6 +11,7 @@ namespace ultramem::ort {
 class PermuteAddresses {
  public:
   static constexpr const char* kName = "PermuteAddresses";
+  static constexpr const char* kProvider = kCpu;
   static constexpr std::array kInputs{kType<std::int64_t>};
   static constexpr std::array kOutputs{kType<std::int64_t>};
 

@@ -23,6 +23,7 @@ class TuckerTopK {
 
  public:
   static constexpr const char* kName = "TuckerTopK";
+  static constexpr const char* kProvider = kCpu;
   static constexpr std::array kInputs{kType<Score>, kType<Score>, kType<Acc>, kType<Acc>, kType<Acc>};
   static constexpr std::array kOutputs{kType<Score>, kType<std::int64_t>};
 
@@ -59,6 +60,7 @@ template <class Score>
 class ProductTopK {
  public:
   static constexpr const char* kName = "ProductTopK";
+  static constexpr const char* kProvider = kCpu;
   static constexpr std::array kInputs{kType<Score>, kType<Score>};
   static constexpr std::array kOutputs{kType<Score>, kType<std::int64_t>};
 
