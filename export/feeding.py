@@ -34,11 +34,16 @@ class Case(NamedTuple):
 
 
 def cases(config: ModelConfig, *, batch: int | None, seq: int | None) -> tuple[Case, ...]:
-    """Prefill of 1, 7 and 128 tokens and 32 decode steps at batch 1 and 3, as far as sizes and positions allow."""
+    """Prefill of 1, 7 and 128 tokens and 32 decode steps at batch 1 and 3, as far as sizes and positions allow.
+
+    Prompts that a graph of a fixed size would take in more than 32 calls are left out.
+    """
     size = seq or 1
     found = []
     for rows in (batch,) if batch else BATCHES:
         for prompt in PROMPTS:
+            if prompt > STEPS * (seq or prompt):
+                continue
             length = -(-min(prompt, config.max_positions) // size) * size  # in whole calls
             room = max(0, config.max_positions - length) // size
             steps = min(STEPS if size == 1 else max(1, STEPS // size), room) if prompt == STEPS_AFTER else 0

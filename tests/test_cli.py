@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from ultramem.cli import main
+from ultramem.export.onnx_plugin import find_plugin
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--no-compile", "--eval-every", "0"]
 
@@ -60,6 +61,12 @@ def test_train_eval_generate(run, capsys):
     assert len(generated["tokens"]) <= 5
     assert main(["generate", str(run), "--prompt", "She", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("She" + generated["text"])
+
+    words = ["generate", str(run), "--prompt", "She", "--max-new-tokens", "5", "--json", "--engine", "onnx"]
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.splitlines()[-1])["tokens"] == generated["tokens"]
+    assert f"onnx: the kernels of {find_plugin().file.name}" in captured.err.splitlines()
 
 
 def test_an_export_records_what_rounding_costs(run, tmp_path, capsys):

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 from exported import DENSE, MEMORY, build
+from torch._inductor import config as inductor
 
 from ultramem import MoEConfig
 from ultramem.export import ENGINES, ExportOptions, artifact, export_model
@@ -59,9 +60,10 @@ def test_the_selection_has_every_value_twice():
 
 
 @pytest.fixture(autouse=True)
-def quick_compiler(monkeypatch):
+def quick_compiler():
     """The code around AOTInductor's kernels without optimisation: half of the time goes there."""
-    monkeypatch.setattr("torch._inductor.config.aot_inductor.compile_wrapper_opt_level", "O0")
+    with inductor.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        yield
 
 
 def check(folder, family, dtype, table, engine):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from exported import CONFIG, build, export_once, once
+from exported import CONFIG, DENSE, build, export_once, once
 
+from ultramem.export import ExportOptions, export_model
 from ultramem.runtime.engine import ENGINES, AotEngine, CompiledEngine, EagerEngine, OnnxEngine, open_engine
 
 STEPS = 32
@@ -117,6 +118,42 @@ def test_arguments_are_checked(model):
         engine.decode(torch.ones(1, 1, dtype=torch.int64), cache)
     with pytest.raises(ValueError, match=r"attention_mask must have shape \(2, 3\), got \(2, 2\)"):
         engine.decode(torch.ones(2, 1, dtype=torch.int64), cache, torch.ones(2, 2))
+
+
+def test_tokens_outside_of_the_vocabulary_are_refused(model, tmp_path_factory):
+    """Native code would read past the embedding."""
+    for engine in (EagerEngine(model), open_engine("onnx", None, export_once(tmp_path_factory, "onnx"))):
+        _, cache = engine.prefill(torch.ones(1, 2, dtype=torch.int64))
+        for token in (64, -1):
+            with pytest.raises(ValueError, match=rf"input_ids must be tokens in 0\.\.63, got {token}"):
+                engine.prefill(torch.tensor([[0, token]]))
+            with pytest.raises(ValueError, match=rf"input_ids must be tokens in 0\.\.63, got {token}"):
+                engine.decode(torch.tensor([[token]]), cache)
+
+
+def test_an_export_in_half_precision_that_takes_single_tokens(tmp_path):
+    model = build(DENSE)
+    export_model(model, "onnx", tmp_path / "out", options=ExportOptions(dtype="fp16", decode=True))
+    engine = open_engine("onnx", None, tmp_path / "out")
+    prompt = torch.arange(10).view(2, 5)
+    logits, cache = engine.prefill(prompt)
+    assert logits.dtype == torch.float32
+    more, _ = engine.decode(prompt[:, :1], cache)
+    with torch.no_grad():
+        expected = model(torch.cat([prompt, prompt[:, :1]], 1)).logits
+    # Half precision of logits of size 3: a few times 2^-11 * 3.
+    torch.testing.assert_close(torch.cat([logits, more], 1), expected, rtol=0, atol=0.02)
+
+
+def test_an_export_of_a_fixed_size_takes_prompts_of_whole_pieces(tmp_path):
+    model = build(DENSE)
+    export_model(model, "onnx", tmp_path / "out", options=ExportOptions(static=(1, 4)))
+    engine = open_engine("onnx", None, tmp_path / "out")
+    prompt = torch.arange(8).view(1, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(engine.prefill(prompt)[0], model(prompt).logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="the export takes 4 tokens at a time, got a prompt of 7"):
+        engine.prefill(prompt[:, :7])
 
 
 def test_open_engine(model, tmp_path, tmp_path_factory):
