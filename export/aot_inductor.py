@@ -19,9 +19,18 @@ from ultramem.config import ModelConfig
 from ultramem.export.backend import Backend, Run
 from ultramem.export.extras import quiet_exporters, require
 from ultramem.export.options import ExportOptions
-from ultramem.export.program import PassRecord, Program, apply_pass, capture, constant_bytes, records_of, simplify
+from ultramem.export.program import (
+    PassRecord,
+    Program,
+    apply_pass,
+    apply_to_program,
+    capture,
+    constant_bytes,
+    records_of,
+    simplify,
+)
 from ultramem.export.weights_file import write_weights
-from ultramem.graph.passes import lower_ops
+from ultramem.graph.passes import lower_ops, split_experts
 from ultramem.graph.transformer import Transformer
 
 FILE = "model.pt2"
@@ -53,8 +62,7 @@ def export_aoti(
     """
     from torch._inductor.package.package import package_aoti
 
-    # Bodies of ops hold constants of their own, such as the summed core: hence simplify on both sides.
-    lowered = {name: simplify(apply_pass(simplify(each), lower_ops)) for name, each in programs.items()}
+    lowered = {name: _lower(each) for name, each in programs.items()}
     external = len(lowered) > 1 or any(constant_bytes(each.exported) > external_bytes for each in lowered.values())
     build = folder / "build"
     code: dict[str, list[Any]] = {}
@@ -72,6 +80,14 @@ def export_aoti(
     if external:
         write_weights(folder / WEIGHTS_FILE, weights)
     return lowered
+
+
+def _lower(program: Program) -> Program:
+    """A program of PyTorch's own operators."""
+    with quiet_exporters():
+        program = simplify(apply_to_program(program, split_experts))
+    # Bodies of ops hold constants of their own, such as the summed core: hence simplify on both sides.
+    return simplify(apply_pass(program, lower_ops))
 
 
 def _compile(program: Program, build: Path, *, external: bool) -> list[Any]:
@@ -117,7 +133,10 @@ def load_aoti(folder: Path) -> Run:
         weights = require("safetensors.torch", "onnx").load_file(folder / WEIGHTS_FILE)
         for graph in graphs.values():
             # Mapped pages, which the graphs only point to: `run` keeps them alive.
-            own = {name: weights[name] for name in graph.get_constant_fqns()}
+            names = graph.get_constant_fqns()
+            if missing := set(names) - set(weights):
+                raise ValueError(f"{folder / WEIGHTS_FILE} does not belong to the package: it lacks {min(missing)}")
+            own = {name: weights[name] for name in names}
             graph.load_constants(own, check_full_update=True, user_managed=True)
     else:
         weights = {}
@@ -168,7 +187,8 @@ def _how_to_load(options: ExportOptions, files: frozenset[str]) -> tuple[str, ..
     return (
         "import torch, safetensors.torch; from torch._inductor.package import load_package",
         f'model, weights = load_package("model.pt2", "{graph}"), safetensors.torch.load_file("model.safetensors")',
-        "model.load_constants({n: weights[n] for n in model.get_constant_fqns()}, check_full_update=True)",
+        "own = {name: weights[name] for name in model.get_constant_fqns()}; "
+        "model.load_constants(own, check_full_update=True, user_managed=True)  # own must stay alive",
         "logits, *present = model(*inputs)  # what manifest.json lists as inputs, in order, contiguous",
     )
 

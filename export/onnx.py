@@ -27,7 +27,7 @@ from ultramem.ops.tucker_topk import Candidates
 
 __all__ = ["BACKEND", "FILE", "export_onnx", "load_onnx", "register"]
 
-EXTERNAL_BYTES = 1_500_000_000  # a protobuf message ends at 2 GB
+EXTERNAL_BYTES = 256_000_000  # a protobuf message ends at 2 GB, and is copied where it is written
 
 
 def export_onnx(
@@ -129,7 +129,12 @@ def _attach_functions(model: Any, candidates: Candidates, ir: Any) -> None:
 
 
 def _load(folder: Path, config: ModelConfig, options: ExportOptions, plugin: bool | None) -> Run:
-    return load_onnx(folder, plugin=plugin)
+    try:
+        return load_onnx(folder, plugin=plugin)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "onnxruntime":  # its errors have no class in common
+            raise
+        raise ValueError(f"{folder / FILE} is refused by ONNX Runtime: {' '.join(str(error).split())}") from error
 
 
 def _how_to_load(options: ExportOptions, files: frozenset[str]) -> tuple[str, ...]:

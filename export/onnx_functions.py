@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ultramem.export.onnx_expert_body import GROUPED_MM
 from ultramem.export.onnx_lookup_bodies import lookup_bodies
 from ultramem.export.onnx_permute_body import permute_addresses_body
 from ultramem.export.onnx_select_bodies import select_bodies
@@ -41,6 +42,7 @@ def function_protos(
     assert candidates in CANDIDATES, candidates
     sum_type = int(TensorProto.DOUBLE if double else TensorProto.FLOAT)
     texts = {
+        "GroupedMM": GROUPED_MM,
         **lookup_bodies(bits, sum_type),
         "PermuteAddresses": permute_addresses_body(),
         **select_bodies(candidates, sum_type),
@@ -82,6 +84,7 @@ _TYPES = {
 }
 _INT64, _FLOAT = "tensor(int64)", "tensor(float)"
 _SIGNATURES: tuple[tuple[str, dict[str, str], dict[str, str], dict[str, str]], ...] = (
+    ("GroupedMM", {"inputs": "T", "weights": "T", "ends": "tensor(int32)"}, {"products": "T"}, {}),
     ("LookupDot", {"rows": "T", "indices": _INT64, "query": "T"}, {"dots": "T"}, {}),
     ("LookupReduce", {"values": "T", "indices": _INT64, "scores": "S"}, {"pooled": "T"}, {"num_blocks": "INT"}),
     (
@@ -129,6 +132,14 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     nodes, standard = script.Opset(DOMAIN, VERSION), script.Opset("", OPSET)
 
+    def grouped_mm(inputs: Any, weights: Any, ends: Any) -> Any:
+        return nodes.GroupedMM(inputs, weights, ends)
+
+    def sort_stable(x: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
+        """torch.onnx has none. TopK prefers the lower index among equals, so it is stable."""
+        size = standard.Gather(standard.Shape(x), standard.Constant(value_ints=[dim]), axis=0)
+        return standard.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+
     def lookup_dot(rows: Any, indices: Any, query: Any, sparse_grad: bool) -> Any:
         return nodes.LookupDot(rows, indices, query)
 
@@ -171,12 +182,14 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     ops = torch.ops.ultramem
     return {
+        ops.grouped_mm.default: grouped_mm,
         ops.lookup_dot.default: lookup_dot,
         ops.lookup_reduce.default: lookup_reduce,
         ops.lookup_reduce_quantized.default: lookup_reduce_quantized,
         ops.permute_addresses.default: permute_addresses,
         ops.product_topk.default: product_topk,
         ops.tucker_topk.default: tucker_topk,
+        torch.ops.aten.sort.stable: sort_stable,
     }
 
 

@@ -45,6 +45,7 @@ def load_onnx(folder: Path, *, threads: int | None = None, plugin: bool | None =
     """
     runtime = require("onnxruntime", "onnx")
     options = runtime.SessionOptions()
+    options.log_severity_level = 3  # it warns of each half precision constant that it cannot fold
     if threads is not None:
         options.intra_op_num_threads = threads
     kernels = _kernels(options, plugin)

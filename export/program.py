@@ -139,11 +139,21 @@ def simplify(program: Program) -> Program:
 
 def apply_pass(program: Program, rewrite: Callable[[GraphModule], PassResult], name: str | None = None) -> Program:
     """Run a pass over the graph, keep its signature in step, and record what it did."""
-    exported = program.exported
-    nodes, size = len(exported.graph.nodes), constant_bytes(exported)
-    result = rewrite(exported.graph_module)
-    if result.modified:
-        exported = _with_signature(exported, result.gm)
+
+    def whole(exported: ExportedProgram) -> ExportedProgram:
+        result = rewrite(exported.graph_module)
+        return _with_signature(exported, result.gm) if result.modified else exported
+
+    return apply_to_program(program, whole, name or rewrite.__name__)
+
+
+def apply_to_program(
+    program: Program, rewrite: Callable[[ExportedProgram], ExportedProgram], name: str | None = None
+) -> Program:
+    """As `apply_pass`, for a pass that rewrites graph and signature itself."""
+    # A pass may change the graph in place.
+    nodes, size = len(program.exported.graph.nodes), constant_bytes(program.exported)
+    exported = rewrite(program.exported)
     record = PassRecord(
         name=name or rewrite.__name__,
         nodes_before=nodes,

@@ -62,6 +62,19 @@ def test_train_eval_generate(run, capsys):
     assert capsys.readouterr().out.startswith("She" + generated["text"])
 
 
+def test_an_export_records_what_rounding_costs(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["export", str(run), "--to", "onnx", "--out", str(out), "--table", "int8", "--decode", "--json"]
+    assert main(words) == 0
+    manifest = last_json(capsys)
+    assert manifest == json.loads((out / "manifest.json").read_text())
+    assert manifest["options"] == {"dtype": "fp32", "table": "int8", "static": None, "decode": True}
+    rounding = manifest["parity"]["rounding"]
+    assert rounding["bits_per_byte"] != rounding["bits_per_byte_rounded"]
+    assert rounding["bits_per_byte"] == pytest.approx(rounding["bits_per_byte_rounded"], abs=0.01)
+    assert manifest["parity"]["greedy_equal"] == manifest["parity"]["greedy_tokens"]
+
+
 def test_report(run, tmp_path, capsys):
     out = tmp_path / "new/page.html"
     assert main(["report", str(run), str(run), "--out", str(out), "--json"]) == 0
@@ -191,6 +204,11 @@ def test_a_corrupt_checkpoint_is_one_line(run, text, tmp_path, capsys):
         (["export", "nowhere", "--to", "onnx", "--out", "x"], "nowhere is not a run folder"),
         (["export", "RUN", "--to", "flash", "--out", "x"], "invalid choice: 'flash'"),
         (["export", "RUN", "--to", "onnx", "--out", "RUN"], "exists"),
+        (["export", "RUN", "--to", "onnx", "--out", "x", "--dtype", "fp8"], "dtype must be one of fp32, fp16, bf16"),
+        (["export", "RUN", "--to", "onnx", "--out", "x", "--dtype", "bf16"], "fp32, fp16 for onnx, got 'bf16' (stock"),
+        (["export", "RUN", "--to", "onnx", "--out", "x", "--table", "int2"], "table must be one of int8, int4 or None"),
+        (["export", "RUN", "--to", "onnx", "--out", "x", "--static", "4"], "static must be B,S, two numbers"),
+        (["export", "RUN", "--to", "onnx", "--out", "x", "--static", "1,4", "--decode"], "static must have S = 1"),
         (["profile", "nowhere", "--out", "x"], "target must be a run folder or one of dense-151m"),
         (["profile", "RUN", "--engine", "eager,warp", "--out", "x"], "engine must be of eager, compile, onnx, aoti"),
         (["profile", "RUN", "--batch", "1,zero", "--out", "x"], "batch must be numbers of at least 1"),

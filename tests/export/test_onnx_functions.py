@@ -48,7 +48,6 @@ NOT_EXPORTED = {
     "lookup_reduce_lazy",
     "lookup_dot_lazy",
     "round_stochastically",
-    "grouped_mm",
     "adamw_rows_",
     "adagrad_rows_",
     "adamw_segments_",
@@ -61,9 +60,10 @@ def test_every_exported_op_has_a_translation_and_a_body():
     with onnx_functions.schemas():
         translated = set(onnx_functions.translations())
     forwards = {each for each in ops.__all__ if hasattr(torch.ops.ultramem, each)} - NOT_EXPORTED
-    assert translated == {getattr(torch.ops.ultramem, name).default for name in forwards}
+    assert translated == {getattr(torch.ops.ultramem, name).default for name in forwards} | {torch.ops.aten.sort.stable}
     assert {name.replace("_", "") for name in forwards} == {name.lower() for name in onnx_functions.function_protos()}
-    assert set(_STAGE_OF_OP) == set(onnx_functions.function_protos())
+    # Experts stand in the place of an MLP: their stage is their neighbours'.
+    assert set(_STAGE_OF_OP) == set(onnx_functions.function_protos()) - {"GroupedMM"}
     assert all(_INLINED.match(f"_inlfunc_{name}_Mod") for name in _STAGE_OF_OP)
 
 

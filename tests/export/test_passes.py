@@ -7,8 +7,9 @@ import torch
 from exported import CONFIG, MEMORY, build
 
 from ultramem import ops
+from ultramem.export.extras import quiet_exporters
 from ultramem.export.program import apply_pass, capture, example_inputs, flatten_cache, simplify, weights
-from ultramem.graph.passes import PassResult, fold_constants, lower_ops, remove_no_ops
+from ultramem.graph.passes import PassResult, fold_constants, lower_ops, remove_no_ops, split_experts
 
 
 def operators(program):
@@ -113,6 +114,63 @@ def test_one_neuron_experts_are_inlined_for_any_token_count():
     assert "ultramem" not in str(graph_module.graph)
     inputs = draw(7)
     torch.testing.assert_close(graph_module(*inputs)[0], Experts()(*inputs))
+
+
+class Grouped(torch.nn.Module):
+    """Products of a mixture of experts."""
+
+    def forward(self, inputs, weights, ends):
+        return ops.grouped_mm(inputs, weights, ends).relu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_are_split_for_any_number_of_rows(dtype):
+    def draw(*ends):
+        return torch.randn(ends[-1], 8, dtype=dtype), weights, torch.tensor(ends, dtype=torch.int32)
+
+    weights = torch.randn(3, 8, 16, dtype=dtype)
+    tokens = torch.export.Dim("tokens", min=1)
+    exported = torch.export.export(Grouped(), draw(2, 3, 7), dynamic_shapes=({0: tokens}, None, None))
+    assert "ultramem.grouped_mm" in str(exported.graph)
+    with quiet_exporters():
+        split = split_experts(exported)
+    assert "ultramem" not in str(split.graph)
+    for ends in ((0, 0, 1), (1, 1, 1), (4, 9, 9), (0, 5, 6)):
+        inputs = draw(*ends)
+        torch.testing.assert_close(split.module(check_guards=False)(*inputs), Grouped()(*inputs))
+
+
+def test_a_program_without_experts_is_not_traced_again():
+    exported = torch.export.export(Scaled(), (torch.randn(3, 64),))
+    assert split_experts(exported) is exported
+
+
+def test_equal_constants_have_one_name():
+    """So graphs of one model can share them, and a layer's constant that equals another's is kept once."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            return (x + self.weight.exp()) * self.weight.exp()
+
+    programs = [torch.export.export(Twice(), (torch.randn(rows, 4),)) for rows in (2, 3)]
+    with torch.no_grad():
+        for each in programs:
+            each.state_dict["weight"].copy_(torch.arange(4.0))
+    names = [
+        [
+            node.target
+            for node in fold_constants(each.graph_module, weights(each)).gm.graph.nodes
+            if node.op == "get_attr"
+        ]
+        for each in programs
+    ]
+    assert names[0] == names[1]
+    assert len(names[0]) == 1
+    assert names[0][0].startswith("folded_")
 
 
 @pytest.mark.parametrize("rewrite", [remove_no_ops, lower_ops])

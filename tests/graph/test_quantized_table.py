@@ -9,8 +9,9 @@ import pytest
 import torch
 from exported import CONFIG, DENSE, MEMORY, build
 
+from ultramem import ops
 from ultramem.graph.gathered_table import in_precision, rounded_to
-from ultramem.graph.quantized_table import QuantizedValueTable, quantize_tables
+from ultramem.graph.quantized_table import QuantizedValueTable, _numbers, quantize_tables
 from ultramem.graph.value_table import ValueTable
 from ultramem.optim import build_optimizers
 
@@ -132,3 +133,9 @@ def test_quantising_takes_little_memory_beside_the_rows():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     table_bytes, extra = map(int, done.stdout.split())
     assert extra < 0.2 * table_bytes
+
+
+def test_every_byte_is_unpacked_alike():
+    rows = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    assert _numbers(rows).equal(ops.unpack_rows(rows).float())
+    assert _numbers(rows.view(torch.int8)).equal(rows.view(torch.int8).float())

@@ -57,7 +57,7 @@ class QuantizedValueTable(nn.Module):
         assert self.expert_rows_NB is not None
         assert self.expert_scales_N is not None
         row_TK = indices_TK % self.expert_rows_NB.shape[0]
-        numbers_TKP = ops.unpack_rows(self.expert_rows_NB[row_TK]).float()
+        numbers_TKP = _numbers(self.expert_rows_NB[row_TK])
         product_TK = (numbers_TKP @ query_TP.float().unsqueeze(-1)).squeeze(-1) * self.expert_scales_N[row_TK]
         return product_TK.to(query_TP.dtype)
 
@@ -70,6 +70,16 @@ class QuantizedValueTable(nn.Module):
         assert self.expert_rows_NB is not None
         assert self.expert_scales_N is not None
         return _dequantized(self.expert_rows_NB, self.expert_scales_N, rows_R)
+
+
+def _numbers(rows: Tensor) -> Tensor:
+    """Small integers [...,P] of rows [...,B] in float32, by arithmetic that every engine has for it."""
+    if rows.dtype != torch.uint8:
+        return rows.float()
+    packed = rows.float()
+    high = (packed / 16).floor()
+    halves = torch.stack([packed - 16 * high, high], -1).flatten(-2)
+    return halves - 16 * (halves > 7)  # two's complement of four bits
 
 
 def _dequantized(rows_NB: Tensor, scales_N: Tensor, rows_R: Tensor) -> Tensor:
