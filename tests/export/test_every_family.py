@@ -62,9 +62,15 @@ def test_the_selection_has_every_value_twice():
 
 
 @pytest.fixture(autouse=True)
-def quick_compiler(monkeypatch):
-    """The code around AOTInductor's kernels without optimisation: half of the time goes there."""
-    monkeypatch.setattr("torch._inductor.config.aot_inductor.compile_wrapper_opt_level", "O0")
+def quick_compiler():
+    """The code around AOTInductor's kernels without optimisation: half of the time goes there.
+
+    Undoing a `monkeypatch.setattr` deletes the setting, for all tests that follow.
+    """
+    import torch._inductor.config
+
+    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        yield
 
 
 def check(folder, family, dtype, table, engine):
