@@ -23,7 +23,7 @@ def test_commands_parse():
     commands = re.findall(r"^ultramem .*$", README, re.MULTILINE)
     assert len(commands) >= 6
     for command in commands:
-        _build_parser().parse_args(shlex.split(command)[1:])
+        _build_parser().parse_args(shlex.split(command, comments=True)[1:])
 
 
 def test_make_targets_exist():

@@ -40,6 +40,9 @@ PAIRWISE = [
     ("peer", "fp32", None, "onnx"),
     ("ultramem-v2", "fp32", "int8", "onnx"),
     ("ultramem-v2", "fp16", "int4", "onnx"),
+    ("moe", "fp16", None, "huggingface"),
+    ("pkm", "fp32", "int4", "huggingface"),
+    ("ultramem-v2", "bf16", "int8", "huggingface"),
 ]
 EVERY = [
     (family, dtype, table, engine)
@@ -69,7 +72,8 @@ def quick_compiler():
 def check(folder, family, dtype, table, engine):
     manifest = export_model(build(FAMILIES[family]), engine, folder, options=ExportOptions(dtype=dtype, table=table))
     parity = manifest.parity
-    assert 0 < parity.max_error <= parity.allowed == 4 * parity.eager_error
+    assert parity.max_error <= parity.allowed == 4 * parity.eager_error
+    assert parity.max_error > 0 or engine == "huggingface"  # which may add in the same order
     assert parity.mean_error <= parity.allowed_mean == 4 * parity.eager_mean_error
     assert (parity.rounding is None) == ((dtype, table) == ("fp32", None))
     if parity.rounding is not None:
@@ -77,7 +81,7 @@ def check(folder, family, dtype, table, engine):
     if dtype == "fp32":
         assert parity.greedy_equal == parity.greedy_tokens == 128
         assert parity.allowed < 1e-3
-    print(f"{family:12} {dtype} {table!s:5} {engine:5} {parity}")
+    print(f"{family:12} {dtype} {table!s:5} {engine:11} {parity}")
 
 
 @pytest.mark.parametrize(("family", "dtype", "table", "engine"), PAIRWISE)

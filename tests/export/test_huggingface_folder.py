@@ -193,6 +193,7 @@ def test_half_precision(tmp_path, dtype, table):
     model, options = build(replace(CONFIG, memory=memory)), ExportOptions(dtype=dtype, table=table)
     parity = export_model(model, "huggingface", tmp_path / "out", options=options).parity
     assert parity.max_error <= parity.allowed
+    assert parity.mean_error <= parity.allowed_mean
     document = json.loads((tmp_path / "out/config.json").read_text())
     assert document["dtype"] == {"bf16": "bfloat16", "fp16": "float16"}[dtype]
     saved = load_file(tmp_path / "out/model.safetensors")
