@@ -100,7 +100,8 @@ def other_libraries(product: Product, folder: Path = FOLDER) -> list[Path]:
 
 
 def build(folder: Path = FOLDER) -> list[Path]:
-    """Compile every variant that is not in `folder` yet, remove libraries of other sources, return the files.
+    """Compile every variant that is neither in `folder` nor beside the sources yet, remove libraries of other sources,
+    return the files.
 
     Raises:
         BuildError: no compiler, no PyTorch headers, a system that is not supported, or the compiler failed.
@@ -119,7 +120,7 @@ def build(folder: Path = FOLDER) -> list[Path]:
     if nvcc := shutil.which("nvcc"):
         commands[cuda] = [nvcc, *_NVCC_FLAGS, str(CUDA_PLUGIN.source)], ()
     with ThreadPoolExecutor(min(_MOST_COMPILERS, os.cpu_count() or 1)) as pool:
-        missing = [target for target in commands if not target.is_file()]
+        missing = [target for target in commands if not (target.is_file() or _copied(target))]
         for done in [pool.submit(_compile, commands[target][0], target, commands[target][1]) for target in missing]:
             done.result()
     for file in stale:
@@ -131,6 +132,17 @@ def _torch_arguments(torch: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Before and after the source. The libraries are found by name at load time: PyTorch is in the process already."""
     before = (*_TORCH_FLAGS, "-isystem", str(torch / "include"))
     return before, (f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10")
+
+
+def _copied(target: Path) -> bool:
+    """Whether the library could be taken from beside the sources: one of that name is made from them."""
+    built = FOLDER / target.name
+    if not built.is_file():
+        return False
+    written = target.with_suffix(f".{os.getpid()}.tmp")
+    shutil.copyfile(built, written)
+    written.replace(target)
+    return True
 
 
 def _compile(start: list[str], target: Path, end: tuple[str, ...]) -> None:
