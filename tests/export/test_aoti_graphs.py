@@ -98,9 +98,7 @@ def test_weights_of_another_package_are_refused(decode_folder, tmp_path):
     record = file_record(folder / WEIGHTS_FILE)
     document["files"][WEIGHTS_FILE] = {"bytes": record.bytes, "sha256": record.sha256}
     (folder / "manifest.json").write_text(json.dumps(document))
-    with pytest.raises(
-        ValueError, match=r"model.safetensors does not belong to the package: it lacks model\."
-    ) as error:
+    with pytest.raises(ValueError, match=r"model.safetensors does not belong to the package: it lacks ") as error:
         load_artifact(folder)
     assert "\n" not in str(error.value)
 
