@@ -30,6 +30,7 @@ TITLES = {
     "layer": "A whole layer, forward",
     "model_step": "A decode step of whole models",
     "train_step": "A training step",
+    "engines": "A decode step on every engine",
 }
 HEAD = """# Benchmarks
 

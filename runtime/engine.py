@@ -196,9 +196,8 @@ def _with_own_code(function: types.FunctionType | Callable[..., Any]) -> Callabl
 class _ArtifactEngine(Engine):
     """Runs an export folder on the CPU; its cache is of the export's type, logits are float32."""
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        # The plugin of ONNX Runtime where it is built: `kernels` of an OnnxEngine says which it is.
-        self.artifact = load_artifact(folder, engine=self.name, plugin=None)
+    def __init__(self, folder: str | os.PathLike[str], *, plugin: bool | None = None) -> None:
+        self.artifact = load_artifact(folder, engine=self.name, plugin=plugin)
         super().__init__(self.artifact.manifest.model)
         self.state_dtype = self.artifact.manifest.options.torch_dtype
         self.folder = self.artifact.folder
@@ -224,7 +223,7 @@ class _ArtifactEngine(Engine):
 
 
 class OnnxEngine(_ArtifactEngine):
-    """ONNX Runtime, with this package's kernels where they are built."""
+    """ONNX Runtime; `plugin`: with this package's kernels, without, or (None) with them where they are built."""
 
     name = "onnx"
 

@@ -14,7 +14,18 @@ import torch
 
 from benchmarks.harness.contender import Case
 from benchmarks.harness.row import Row, Suite
-from benchmarks.subjects import backward, layer, lookup, model_step, onnx_lookup, quantised, select, train_step, update
+from benchmarks.subjects import (
+    backward,
+    engines,
+    layer,
+    lookup,
+    model_step,
+    onnx_lookup,
+    quantised,
+    select,
+    train_step,
+    update,
+)
 from benchmarks.subjects.shapes import REHEARSAL
 from ultramem.ops import Implementation, use_implementation
 
@@ -28,6 +39,7 @@ _SUBJECTS = {
     "layer": layer,
     "model_step": model_step,
     "train_step": train_step,
+    "engines": engines,
 }
 
 
