@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ultramem.export import aot_inductor, manifest, onnx
+from ultramem.export import aot_inductor, manifest, onnx, tensorrt
 from ultramem.export.backend import Run
 from ultramem.export.manifest import Manifest
 from ultramem.export.options import ExportOptions
@@ -20,7 +20,7 @@ from ultramem.export.rounding import rounded
 from ultramem.export.signature import check_inputs, tensor_specs
 from ultramem.graph.transformer import Transformer
 
-BACKENDS = {each.name: each for each in (onnx.BACKEND, aot_inductor.BACKEND)}
+BACKENDS = {each.name: each for each in (onnx.BACKEND, aot_inductor.BACKEND, tensorrt.BACKEND)}
 ENGINES = tuple(BACKENDS)
 
 
@@ -59,7 +59,8 @@ def export_model(
 
     Args:
         model: a `Transformer` in eval mode, float32, on the CPU.
-        to: "onnx" (model.onnx) or "aoti" (model.pt2, native code for this kind of machine).
+        to: "onnx" (model.onnx) or "aoti" (model.pt2, native code for this kind of machine) or
+            "tensorrt" (model.plan, for this very GPU).
         out_dir: the folder to make, beside which a temporary one stands until all is done.
         options: types and sizes; None: float32, any sizes.
         bits_per_byte: of a model on held-out text, to record what rounding costs.
@@ -145,7 +146,7 @@ def check_engine(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(
             f"an export must be to one of {', '.join(ENGINES)}, got {name!r} "
-            "(tensorrt and huggingface are not available in this version)"
+            "(huggingface is not available in this version)"
         )
 
 

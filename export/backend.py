@@ -36,6 +36,8 @@ class Backend:
     """Why a type is not there, for those that users ask for."""
     decode_beside: bool = False
     """With `decode`, the general graph is there as well."""
+    builds_for_ranges: bool = False
+    """It is built for ranges of sizes, with our kernels or without."""
 
     def check(self, options: ExportOptions) -> None:
         """Raise unless the engine has the types of the options.
@@ -50,6 +52,9 @@ class Backend:
             if value not in accepted:
                 why = f" ({self.lacks[value]})" if value in self.lacks else ""
                 raise ValueError(f"{name} must be one of {', '.join(accepted)} for {self.name}, got {value!r}{why}")
+        for option, given in (("sizes", options.sizes), ("kernels", options.kernels)):
+            if given is not None and not self.builds_for_ranges:
+                raise ValueError(f"{option} must be None for {self.name}, got {given!r} (it is for tensorrt)")
 
     def seq(self, options: ExportOptions) -> int | None:
         """The only number of new tokens that the folder's graphs take; None: any."""
