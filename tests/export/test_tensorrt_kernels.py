@@ -160,7 +160,7 @@ def test_permutations_are_launched_as_the_op_launches_them(plugins, launched, to
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("tokens", (1, 128, 129, 1000))
+@pytest.mark.parametrize("tokens", [1, 128, 129, 1000])
 @pytest.mark.parametrize("rule", ["product", "one_tailed", "two_tailed"])
 def test_selections_are_launched_as_the_op_launches_them(plugins, launched, rule, tokens):
     tactic = FEW if tokens <= select.FEW_TOKENS else MANY
@@ -223,7 +223,10 @@ def test_definitions_are_made_once_and_refuse_what_no_engine_has(plugins):
 
 
 def test_arguments_that_triton_appends_are_taken_out_and_only_those():
-    ptx = ".visible .entry k(\n\t.param .u64 .ptr k_param_0,\n\t.param .u32 k_param_1,\n\t.param .u64 k_param_2,\n\t.param .u64 k_param_3\n)\n{ ld.param.b64 %r, [k_param_0]; }"
+    parameters = ",".join(
+        f"\n\t.param .{kind} k_param_{index}" for index, kind in enumerate(("u64", "u32", "u64", "u64"))
+    )
+    ptx = f".visible .entry k({parameters}\n)\n{{ ld.param.b64 %r, [k_param_0]; }}"
     cut = ahead_of_time.without_scratch_arguments(ptx, "k", 2)
     assert ahead_of_time.argument_types(cut, "k") == ["u64", "u32"]
     assert "[k_param_0]" in cut
