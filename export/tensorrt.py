@@ -79,13 +79,13 @@ def write_tensorrt(model: Transformer, options: ExportOptions, folder: Path) -> 
 
 def engine_of(trt: Any, file: Path, wanted: tuple[Profile, ...], *, kernels: str, timing_cache: bytes = b"") -> Built:
     """Build the engine of an ONNX file with the kernels of this package ("plugin") or by bodies alone ("body")."""
-    if kernels == "body":
-        return build_engine(trt, file, wanted, timing_cache=timing_cache)
-    from ultramem.export.tensorrt_plugins import register_plugins
     from ultramem.export.tensorrt_scratch import prepare
 
-    register_plugins(trt, importlib.import_module(f"{trt.__name__}.plugin"))
-    prepared = prepare(file)
+    if kernels == "plugin":
+        from ultramem.export.tensorrt_plugins import register_plugins
+
+        register_plugins(trt, importlib.import_module(f"{trt.__name__}.plugin"))
+    prepared = prepare(file, plugins=kernels == "plugin")
     return build_engine(
         trt, file, wanted, model=prepared.model, plugin_nodes=prepared.plugin_nodes, timing_cache=timing_cache
     )

@@ -27,25 +27,28 @@ class Prepared(NamedTuple):
     body_nodes: int
 
 
-def prepare(file: Path) -> Prepared:
-    """The model of an ONNX file for TensorRT's parser with our plugins registered; external data stays where it is."""
+def prepare(file: Path, *, plugins: bool = True) -> Prepared:
+    """The model of an ONNX file for TensorRT's parser; external data stays where it is.
+
+    Without `plugins` every node runs by its body, also in a process that has our plugins registered.
+    """
     onnx = require("onnx", "onnx")
     model = onnx.load(str(file), load_external_data=False)
     sides = _sides(model)
-    plugins = bodies = 0
+    served = bodies = 0
     for node in model.graph.node:
         if node.domain != DOMAIN:
             continue
-        name = _plugin_of(onnx, node, sides)
+        name = _plugin_of(onnx, node, sides) if plugins else None
         if name is None:
             _forget_plugin(node)
             bodies += 1
             continue
-        plugins += 1
+        served += 1
         if name != node.op_type:
             node.op_type = name
             node.output.extend(f"{node.output[0]}/{each}" for each in ("found", "chosen"))
-    return Prepared(model.SerializeToString(), plugins, bodies)
+    return Prepared(model.SerializeToString(), served, bodies)
 
 
 def _plugin_of(onnx: Any, node: Any, sides: dict[str, int]) -> str | None:

@@ -10,7 +10,8 @@ import torch
 from exported import CONFIG, DENSE, build
 
 from benchmarks.tensorrt_stand_in import CALLS, stand_in
-from ultramem.export import ExportOptions, export_model, load_artifact, tensorrt, tensorrt_plugins, tensorrt_run
+from benchmarks.tensorrt_stand_in.rehearsal import rehearsal
+from ultramem.export import ExportOptions, export_model, load_artifact, tensorrt, tensorrt_plugins
 from ultramem.export.program import example_inputs
 from ultramem.export.rounding import rounded
 from ultramem.export.signature import tensor_specs
@@ -24,19 +25,10 @@ from ultramem.runtime.generate import generate
 
 @pytest.fixture
 def trt(monkeypatch):
-    """TensorRT's stand-in, and a GPU that its "device" memory is not on: it lies where the CPU's does."""
-    monkeypatch.setattr(tensorrt, "require_gpu", lambda: None)
+    """TensorRT's stand-in."""
     # Triton may be the interpreter here: tests/export/test_tensorrt_kernels.py compiles, in a process of its own.
     monkeypatch.setattr(tensorrt_plugins, "compile_ahead", lambda *given: Compiled("k", ".entry k(", b"", 128, 2048))
-    monkeypatch.setattr(tensorrt_plugins, "_capability", lambda: 90)
-
-    def load(folder, config, options):
-        inputs, outputs = tensor_specs(config, options, seq=options.seq)
-        plan = (folder / tensorrt_run.PLAN).read_bytes()
-        return TensorrtModel(module, plan, inputs, outputs, device=torch.device("cpu"), stream=lambda: 0)
-
-    monkeypatch.setattr(tensorrt, "load_tensorrt", load)
-    with stand_in() as module:
+    with rehearsal() as module:
         yield module
 
 
@@ -168,6 +160,20 @@ def test_what_tensorrt_is_asked_in_order(trt, tmp_path):
     assert asked["add_optimization_profile"] == (dict(wanted[1].shapes),)
     assert built.timing_cache == b"earlier\ntimed\n"
     assert built.plugin_layers == 0
+
+
+def test_bodies_are_taken_also_where_the_plugins_are_registered(trt, tmp_path):
+    options = ExportOptions()
+    tensorrt.write_onnx(build(CONFIG), options, tmp_path)
+    on_disk, wanted = (tmp_path / "model.onnx").read_bytes(), tensorrt.engine_profiles(CONFIG, options)
+    counts = [
+        tensorrt.engine_of(trt, tmp_path / "model.onnx", wanted, kernels=kernels).plugin_layers
+        for kernels in ("plugin", "body", "plugin")
+    ]
+    assert counts == [3, 0, 3]
+    assert (tmp_path / "model.onnx").read_bytes() == on_disk
+    # A file as it is, in a process that has the plugins: its selections have no scratch memory and run by their bodies.
+    assert build_engine(trt, tmp_path / "model.onnx", wanted, plugin_nodes=2).plugin_layers == 2
 
 
 def test_every_refusal_of_tensorrt_is_one_line(trt, tmp_path):
