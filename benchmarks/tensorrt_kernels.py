@@ -133,22 +133,26 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if "TRITON_INTERPRET" in os.environ:
         parser.error("tensorrt_kernels compiles kernels: run it without TRITON_INTERPRET")
-    made = [
-        measure(case, tactic, capability)
+    todo = [
+        (case, tactic, capability)
         for case in cases()
         if options.plugin in case.plugin.name and options.dtype in (None, case.dtype)
         for tactic in case.plugin.tactics(case.inputs, case.attributes)
         for capability in options.capability or CAPABILITIES
     ]
-    if options.json:
-        print(json.dumps([asdict(each) for each in made]))
-    else:
+    made = []
+    if not options.json:
         print(f"{'plugin':24} {'type':16} {'tactic':8} {'arch':8} threads regs shared instr")
-        for f in made:
+    for each in todo:
+        made.append(f := measure(*each))
+        if not options.json:
             print(
                 f"{f.plugin:24} {f.dtype:16} {f.tactic:8} {f.arch:8} {f.threads:7} {f.registers:4} {f.shared_bytes:6} "
-                f"{f.instructions:5}"
+                f"{f.instructions:5}",
+                flush=True,
             )
+    if options.json:
+        print(json.dumps([asdict(each) for each in made]))
     failing = [f"{f.plugin} {f.dtype} {f.tactic} {f.arch}: {problem}" for f in made for problem in problems(f)]
     if failing:
         print("over budget", *failing, sep="\n  ", file=sys.stderr)
