@@ -137,3 +137,10 @@ def test_open_engine(model, tmp_path, tmp_path_factory):
         AotEngine(export_once(tmp_path_factory, "onnx"))
     with pytest.raises(ValueError, match="eval mode"):
         EagerEngine(build(CONFIG).train())
+
+
+def test_tensorrt_is_opened_from_an_export_and_names_what_is_missing(model, tmp_path):
+    with pytest.raises(ValueError, match=r"engine 'tensorrt' runs an export: give its folder \(ultramem export --to"):
+        open_engine("tensorrt", model, None)
+    with pytest.raises(FileNotFoundError, match="is not an export folder"):
+        open_engine("tensorrt", None, tmp_path)
