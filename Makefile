@@ -7,7 +7,7 @@ KERNELS := $(VENV)/.kernels
 NATIVE := ultramem/ops/native
 DEMO_OUT ?= runs/demo
 
-.PHONY: help demo experiment test test-slow static static-check gpu gpu-dry-run benchmarks lint format clean
+.PHONY: help demo experiment test test-slow static static-check gpu gpu-dry-run tensorrt tensorrt-dry-run benchmarks lint format clean
 
 help:
 	@echo "make demo    train, compare, export and profile a small model; ends with the path of an HTML report"
@@ -18,6 +18,8 @@ help:
 	@echo "make static  write those figures anew, and docs/static.md"
 	@echo "make gpu     tests and benchmarks on a GPU in nine minutes; needs torch, triton and pytest under PYTHON alone"
 	@echo "make gpu-dry-run  the same script on a CPU, on small shapes, in Triton's interpreter"
+	@echo "make tensorrt  build, check and time TensorRT engines on a machine that has TensorRT and a GPU under PYTHON"
+	@echo "make tensorrt-dry-run  the same steps with a stand-in for TensorRT, on tiny models"
 	@echo "make benchmarks  every CPU benchmark, half an hour on two quiet cores; writes benchmarks/results and docs"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff format"
@@ -55,6 +57,13 @@ gpu:
 
 gpu-dry-run: $(KERNELS)
 	OUT=$(or $(OUT),runs/gpu) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu --dry-run
+
+# On a machine that has it: torch with CUDA, triton, tensorrt, onnx, onnxscript and onnxruntime under PYTHON.
+tensorrt:
+	$(PYTHON) -m benchmarks.tensorrt
+
+tensorrt-dry-run: $(KERNELS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tensorrt --dry-run --peers onnx --rounds 3
 
 benchmarks: $(KERNELS)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'

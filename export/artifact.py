@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ultramem.export import aot_inductor, huggingface, manifest, onnx
+from ultramem.export import aot_inductor, huggingface, manifest, onnx, tensorrt
 from ultramem.export.backend import Run
 from ultramem.export.manifest import Manifest
 from ultramem.export.options import ExportOptions
@@ -21,7 +21,7 @@ from ultramem.export.run_facts import RunFacts
 from ultramem.export.signature import check_inputs, tensor_specs
 from ultramem.graph.transformer import Transformer
 
-BACKENDS = {each.name: each for each in (onnx.BACKEND, aot_inductor.BACKEND, huggingface.BACKEND)}
+BACKENDS = {each.name: each for each in (onnx.BACKEND, aot_inductor.BACKEND, tensorrt.BACKEND, huggingface.BACKEND)}
 ENGINES = tuple(BACKENDS)
 
 
@@ -61,8 +61,8 @@ def export_model(
 
     Args:
         model: a `Transformer` in eval mode, float32, on the CPU.
-        to: "onnx" (model.onnx), "aoti" (model.pt2, native code for this kind of machine) or "huggingface" (a folder
-            for transformers).
+        to: "onnx" (model.onnx), "aoti" (model.pt2, native code for this kind of machine), "tensorrt" (model.plan, for
+            this very GPU) or "huggingface" (a folder for transformers).
         out_dir: the folder to make, beside which a temporary one stands until all is done.
         options: types and sizes; None: float32, any sizes.
         bits_per_byte: of a model on held-out text, to record what rounding costs.
@@ -150,10 +150,7 @@ def _check_file(path: Path, expected: manifest.FileRecord) -> None:
 
 def check_engine(name: str) -> None:
     if name not in BACKENDS:
-        raise ValueError(
-            f"an export must be to one of {', '.join(ENGINES)}, got {name!r} "
-            "(tensorrt is not available in this version)"
-        )
+        raise ValueError(f"an export must be to one of {', '.join(ENGINES)}, got {name!r}")
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

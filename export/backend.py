@@ -41,6 +41,8 @@ class Backend:
     """Whether sizes can be fixed."""
     decode_beside: bool = False
     """With `decode`, the general graph is there as well."""
+    builds_for_ranges: bool = False
+    """It is built for ranges of sizes, with our kernels or without."""
 
     def check(self, options: ExportOptions) -> None:
         """Raise unless the engine has the types of the options.
@@ -58,6 +60,9 @@ class Backend:
         if not self.has_graph and (options.static is not None or options.decode):
             chosen = "decode" if options.static is None else f"static {options.static}"
             raise ValueError(f"static and decode must be left out for {self.name}, which has no graph, got {chosen}")
+        for option, given in (("sizes", options.sizes), ("kernels", options.kernels)):
+            if given is not None and not self.builds_for_ranges:
+                raise ValueError(f"{option} must be None for {self.name}, got {given!r} (it is for tensorrt)")
 
     def seq(self, options: ExportOptions) -> int | None:
         """The only number of new tokens that the folder's graphs take; None: any."""

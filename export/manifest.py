@@ -140,7 +140,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 def versions() -> dict[str, str]:
     found = {"ultramem": ultramem.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("onnx", "onnxscript", "onnxruntime", "transformers"):
+    for name in ("onnx", "onnxscript", "onnxruntime", "tensorrt", "transformers"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

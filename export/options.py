@@ -31,10 +31,19 @@ class ExportOptions:
     """A graph of exactly one new token. AOTInductor packages have it beside the general one, the other formats in its
     place."""
 
+    sizes: str | None = None
+    """min:opt:max of the free sizes, "batch=1:4:8,seq=1:128:512,past=0:256:1024", for engines that are built for ranges
+    (TensorRT); None: as the model allows."""
+    kernels: Literal["plugin", "body"] | None = None
+    """What runs the nodes of this package, for engines that decide it when they are built (TensorRT): our kernels, as
+    None does too, or the nodes' bodies of standard operators."""
+
     def __post_init__(self) -> None:
         require_literals(self)
         if self.table not in (None, *TABLE_BITS):
             raise ValueError(f"table must be one of {', '.join(TABLE_BITS)} or None, got {self.table!r}")
+        if self.kernels not in (None, "plugin", "body"):
+            raise ValueError(f"kernels must be plugin, body or None, got {self.kernels!r}")
         if not isinstance(self.decode, bool):
             raise ValueError(f"decode must be True or False, got {self.decode!r}")
         if self.static is None:

@@ -1,4 +1,5 @@
-"""One interface to a model, whatever runs it: eager PyTorch, torch.compile, ONNX Runtime or AOTInductor.
+"""One interface to a model, whatever runs it: eager PyTorch, torch.compile, ONNX Runtime, AOTInductor
+or TensorRT.
 
 Shapes: B batch, S tokens of a prompt, P tokens in the cache, V vocabulary.
 """
@@ -18,10 +19,11 @@ from ultramem.config import ModelConfig
 from ultramem.export import load_artifact
 from ultramem.export.onnx_session import OnnxModel
 from ultramem.export.program import FlatModel, empty_state, flat_inputs
+from ultramem.export.tensorrt_run import TensorrtModel
 from ultramem.graph.fold_for_inference import fold_for_inference
 from ultramem.graph.transformer import Transformer
 
-ENGINES = ("eager", "compile", "onnx", "aoti")
+ENGINES = ("eager", "compile", "onnx", "aoti", "tensorrt")
 
 
 class EngineCache(NamedTuple):
@@ -240,11 +242,25 @@ class AotEngine(_ArtifactEngine):
     name = "aoti"
 
 
+class TensorrtEngine(_ArtifactEngine):
+    """TensorRT on the GPU, where the cache stays between calls."""
+
+    name = "tensorrt"
+
+    def _run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        assert isinstance(self.artifact.run, TensorrtModel)
+        logits, *state = self.artifact.run.step(inputs)
+        return logits.float(), *state
+
+
+_ARTIFACT_ENGINES = {each.name: each for each in (OnnxEngine, AotEngine, TensorrtEngine)}
+
+
 def open_engine(name: str, model: Transformer | None, artifact_folder: str | os.PathLike[str] | None) -> Engine:
     """The engine called `name`.
 
     Args:
-        name: "eager" or "compile", which run `model`; "onnx" or "aoti", which run `artifact_folder`.
+        name: "eager" or "compile", which run `model`; "onnx", "aoti" or "tensorrt", which run `artifact_folder`.
         model: in eval mode.
         artifact_folder: of `ultramem.export.export_model`.
 
@@ -261,7 +277,7 @@ def open_engine(name: str, model: Transformer | None, artifact_folder: str | os.
         return EagerEngine(model) if name == "eager" else CompiledEngine(model)
     if artifact_folder is None:
         raise ValueError(f"engine {name!r} runs an export: give its folder (ultramem export --to {name})")
-    return OnnxEngine(artifact_folder) if name == "onnx" else AotEngine(artifact_folder)
+    return _ARTIFACT_ENGINES[name](artifact_folder)
 
 
 def _check_tokens(input_ids: Tensor, vocab_size: int) -> None:

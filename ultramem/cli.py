@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ultramem.graph import Transformer
     from ultramem.runtime.engine import Engine
 
-ENGINES = ("eager", "compile", "onnx", "aoti")
-EXPORTS = ("onnx", "aoti")
+ENGINES = ("eager", "compile", "onnx", "aoti", "tensorrt")
+EXPORTS = ("onnx", "aoti", "tensorrt")
 HELD_OUT_TOKENS = 16384  # for what rounding costs: an export should not take an evaluation's time
 
 
@@ -110,6 +110,8 @@ def _build_parser() -> _Parser:
     sub.add_argument("--dtype", default="fp32", metavar="T", help="of weights: fp32, fp16 or bf16 (default: fp32)")
     sub.add_argument("--table", metavar="T", help="rows of the value tables: int8 or int4 (default: as --dtype)")
     sub.add_argument("--static", metavar="B,S", help="fix the batch and the number of new tokens (default: any)")
+    sub.add_argument("--sizes", metavar="R", help="batch=1:4:8,seq=...,past=..., min:opt:max (tensorrt)")
+    sub.add_argument("--kernels", metavar="K", help="of our nodes: plugin (default) or body (tensorrt)")
     sub.add_argument("--decode", action="store_true", help="a graph of one new token; in AOTInductor beside the other")
 
     sub = command("profile", _profile, "Latency of a run or preset by engine, batch and stage.")
@@ -256,6 +258,8 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
         table=args.table,
         static=None if args.static is None else parse_static(args.static),
         decode=args.decode,
+        sizes=args.sizes,
+        kernels=args.kernels,
     )
     model = load(args.run_folder)
     rounds = (options.dtype, options.table) != ("fp32", None)
@@ -265,6 +269,8 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     document: dict[str, Any] = json.loads((args.out / "manifest.json").read_text())
     if not args.json:
         print(f"{args.out}: {manifest}")
+        if "trtexec.txt" in manifest.files:
+            print((args.out / "trtexec.txt").read_text(), end="")
     return document
 
 

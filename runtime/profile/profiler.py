@@ -45,7 +45,7 @@ STAGE_REPEATS = 20
 STAGE_SECONDS = 1.0
 """Time for the instrumented forwards of one engine, batch and phase; five of them run in any case."""
 CHECK_DRAWS = 3
-EXPORTED = ("onnx", "aoti")
+EXPORTED = ("onnx", "aoti", "tensorrt")
 """Engines that are loaded from a folder of their own."""
 
 
@@ -86,8 +86,8 @@ def profile(
         decode_steps: most samples per engine, batch and phase; fewer where `seconds_per_cell` ends them.
         seconds_per_cell: time for the samples of one engine, batch and phase.
         seed: of the tokens.
-        artifact_folder: has a folder for each exported engine ("onnx", "aoti"); one that is missing is exported there,
-            compiled so that its stages can be told apart. Needed for these engines alone.
+        artifact_folder: has a folder for each exported engine ("onnx", "aoti", "tensorrt"); one that is missing is
+            exported there, compiled so that its stages can be told apart. Needed for these engines alone.
         machine: measured before; None measures it now.
         progress: called with a line on what is being done.
 
@@ -261,6 +261,8 @@ def _stages_of(model: Transformer, opened: _Opened, cell: Cell, inputs: Inputs, 
     repeats = max(5, min(STAGE_REPEATS, int(1e6 * STAGE_SECONDS / percentile(cell.samples_us, 0.5))))
     if name == "eager":
         return eager_stages(model, cell, repeats=repeats, device=device)
+    if name == "tensorrt":
+        return not_separable(cell, "an engine's kernels are TensorRT's own, which cross the stages")
     if device.type != "cpu":
         return not_separable(cell, f"stages of compiled engines are told apart on a CPU only, this is {device}")
     if name == "onnx" and folder is not None:

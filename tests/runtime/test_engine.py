@@ -160,8 +160,8 @@ def test_open_engine(model, tmp_path, tmp_path_factory):
     assert open_engine("eager", model, None).name == "eager"
     assert open_engine("compile", model, None).name == "compile"
     assert isinstance(open_engine("onnx", None, export_once(tmp_path_factory, "onnx")), OnnxEngine)
-    with pytest.raises(ValueError, match="engine must be one of eager, compile, onnx, aoti, got 'tensorrt'"):
-        open_engine("tensorrt", model, None)
+    with pytest.raises(ValueError, match="engine must be one of eager, compile, onnx, aoti, tensorrt, got 'tflite'"):
+        open_engine("tflite", model, None)
     for name in ENGINES[:2]:
         with pytest.raises(ValueError, match="runs a model, got None"):
             open_engine(name, None, tmp_path)
@@ -174,3 +174,10 @@ def test_open_engine(model, tmp_path, tmp_path_factory):
         AotEngine(export_once(tmp_path_factory, "onnx"))
     with pytest.raises(ValueError, match="eval mode"):
         EagerEngine(build(CONFIG).train())
+
+
+def test_tensorrt_is_opened_from_an_export_and_names_what_is_missing(model, tmp_path):
+    with pytest.raises(ValueError, match=r"engine 'tensorrt' runs an export: give its folder \(ultramem export --to"):
+        open_engine("tensorrt", model, None)
+    with pytest.raises(FileNotFoundError, match="is not an export folder"):
+        open_engine("tensorrt", None, tmp_path)

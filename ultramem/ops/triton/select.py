@@ -316,16 +316,26 @@ def in_flight(n: int, *, tails: int, additive: bool, few: bool) -> tuple[int, in
     return (2, 8) if additive and few else (8, 8)
 
 
+def num_groups(k: int) -> int:
+    return max(MIN_GROUPS, next_power_of_2(2 * k))
+
+
+def scratch_sizes(k: int, candidates: str) -> tuple[int, int, int]:
+    """TAILS, S and SLOTS, which the scratch memory of a pair is made of."""
+    groups = num_groups(k)
+    # Of keys in random order, -G log(1 - K/G) reach the K-th largest of G maxima.
+    expected = -groups * math.log1p(-k / groups)
+    slots = max(MIN_SLOTS, next_power_of_2(math.ceil(SHORTLIST_ROOM * expected)))
+    return num_tails(candidates), tail_size(k, candidates), slots
+
+
 def topk_launch(
     tokens: Any, n: int, r: int, c: int, k: int, *, candidates: str, additive: bool, itemsize: int
 ) -> dict[str, Any]:
     """Constants and warps of the kernel; a number of tokens that a compiler leaves open counts as many."""
-    size, tails = tail_size(k, candidates), num_tails(candidates)
-    groups, vector = max(MIN_GROUPS, next_power_of_2(2 * k)), LOAD_BYTES // itemsize
+    groups, vector = num_groups(k), LOAD_BYTES // itemsize
+    tails, size, slots = scratch_sizes(k, candidates)
     chunks = cdiv(n, groups * vector)
-    # Of keys in random order, -G log(1 - K/G) reach the K-th largest of G maxima.
-    expected = -groups * math.log1p(-k / groups)
-    slots = max(MIN_SLOTS, next_power_of_2(math.ceil(SHORTLIST_ROOM * expected)))
     columns = BLOCK_COLUMNS[groups]
     # A thread for each group of both sides where programs leave processors idle, half as many where they do not.
     few = statically_known_true(tokens <= FEW_TOKENS)
