@@ -102,6 +102,7 @@ def lookup_reduce_quantized(
 
 
 def one_tactic(inputs: Sequence[Operand], attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    """The way for many tokens. That of the selections for few spills up to 8 registers for sm_90a and sm_120a."""
     return (MANY,)
 
 
@@ -116,10 +117,6 @@ def permute_addresses(
     programs = cdiv(count, BLOCK) if isinstance(count, int) else ceil_div(count, BLOCK)
     types = _types(("addresses",), inputs, ("count",), ("out",), outputs)
     return Launch(plugin_kernels.permute_addresses, types, launch, (programs, 1), (count,))
-
-
-def topk_tactics(inputs: Sequence[Operand], attributes: Mapping[str, Any]) -> tuple[int, ...]:
-    return (MANY, FEW)
 
 
 def topk_constants(inputs: Sequence[Operand], attributes: Mapping[str, Any], tactic: int) -> dict[str, Any]:

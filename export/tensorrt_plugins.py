@@ -114,7 +114,7 @@ PLUGINS = (
         attributes={"k": int},
         outputs=4,
         describe=_best,
-        tactics=launches.topk_tactics,
+        tactics=launches.one_tactic,
         launch=launches.topk,
     ),
     Plugin(
@@ -123,7 +123,7 @@ PLUGINS = (
         attributes={"k": int, "candidates": str},
         outputs=4,
         describe=_best,
-        tactics=launches.topk_tactics,
+        tactics=launches.one_tactic,
         launch=launches.topk,
     ),
 )
