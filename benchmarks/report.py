@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.harness.source import ROOT
 from benchmarks.harness.table import SYMBOLS, markdown_table, value_text
+from benchmarks.reasons import REASONS
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -96,7 +97,11 @@ def _goals(rows: Sequence[Record]) -> str:
         for row in rows
         for goal in row["goals"]
     ]
-    return markdown_table(["row", "goal", "value", ""], cells, text_columns=2) + "\n" if cells else ""
+    missed = dict.fromkeys(goal["goal"] for row in rows for goal in row["goals"] if goal["reached"] is False)
+    reasons = [f"- {text}: {REASONS[text]}" for text in missed]
+    why = ["Why goals are missed:\n\n" + "\n".join(reasons) + "\n"] if reasons else []
+    table = markdown_table(["row", "goal", "value", ""], cells, text_columns=2) + "\n"
+    return "\n".join([table, *why]) if cells else ""
 
 
 def _by_contenders(rows: Sequence[Record]) -> list[list[Record]]:

@@ -421,6 +421,17 @@ def test_the_committed_page_is_that_of_the_committed_results():
     assert report.main(["--check"]) == 0
 
 
+def test_the_page_says_why_a_goal_is_missed(monkeypatch):
+    row = json.loads((report.RESULTS / "cpu.json").read_text())["rows"][0]
+    goal = {"goal": "as quick as light", "value": 2.0, "quantity": "speedup", "reached": False}
+    monkeypatch.setitem(report.REASONS, goal["goal"], "it is not light.")
+    missed = report.page({"cpu": {"rows": [{**row, "goals": [goal]}]}})
+    assert "Why goals are missed:\n\n- as quick as light: it is not light.\n" in missed
+    assert "Why goals" not in report.page({"cpu": {"rows": [{**row, "goals": [{**goal, "reached": True}]}]}})
+    with pytest.raises(KeyError, match="no reason yet"):
+        report.page({"cpu": {"rows": [{**row, "goals": [{**goal, "goal": "no reason yet"}]}]}})
+
+
 def test_every_row_of_both_suites_can_be_named():
     from benchmarks import subjects
 
