@@ -36,6 +36,7 @@ def rows(suite: Suite) -> list[Row]:
                 size=size,
                 tokens=t,
                 dtype="float32",
+                limit_s=240,
                 goals=GOALS,
                 quick=(size, t) == ("151m", 64),
             )

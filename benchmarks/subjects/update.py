@@ -35,6 +35,7 @@ def rows(suite: Suite) -> list[Row]:
                 tokens=t,
                 indices=kind,
                 dtype="float32",
+                limit_s=240,
                 quick=(t, kind) == (1024, "uniform"),
             )
             for t, kind in shapes
