@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ultramem.ops.triton import lookup_product, lookup_product_quantized, plugin_kernels, select
+from ultramem.ops.triton import lookup_product, lookup_product_quantized, select
 from ultramem.ops.triton._launch import cdiv
-from ultramem.ops.triton.dispatch import FEW_TOKENS, PRODUCT_TOKENS, Lookup, few_tokens, many_tokens
-from ultramem.ops.triton.lookup_reduce import pool_launch
-from ultramem.ops.triton.lookup_reduce_quantized import quantized_lookup
-from ultramem.ops.triton.permute_addresses import BLOCK, permute_launch
+from ultramem.ops.triton.dispatch import Lookup, few_tokens, many_tokens
+from ultramem.ops.triton.lookup_reduce import lookup_reduce_kernel, pool_launch
+from ultramem.ops.triton.lookup_reduce_quantized import lookup_reduce_quantized_kernel, quantized_lookup
+from ultramem.ops.triton.permute_addresses import BLOCK, permute_addresses_kernel, permute_launch
 
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2, "i64": 8, "i8": 1}
 # Ways to launch one op, which an engine times against each other for every profile. They are numbered from 1.
@@ -32,23 +32,16 @@ class Operand(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel, and what one launch of it is given."""
+    """The kernel of an op, and what one launch of it by an engine is given."""
 
     kernel: Any
     types: dict[str, str]
-    """Of the run-time arguments."""
+    """Of the run-time arguments, in an engine's order: inputs, numbers, outputs."""
     constants: dict[str, Any]
-    """And num_warps and num_stages."""
+    """And num_warps and num_stages. Addresses come permuted, so that no lookup needs memory of its own."""
     grid: tuple[Any, Any]
     numbers: tuple[Any, ...]
     """Arguments between the inputs and the outputs, int32."""
-
-
-def usual_tactic(tokens: int, *, has_product: bool) -> int:
-    """The way that the ops themselves take for so many tokens."""
-    if has_product and tokens <= PRODUCT_TOKENS:
-        return PRODUCT
-    return FEW if tokens <= FEW_TOKENS else MANY
 
 
 def lookup_reduce_tactics(inputs: Sequence[Operand], attributes: Mapping[str, Any]) -> tuple[int, ...]:
@@ -64,14 +57,13 @@ def lookup_reduce(
     types = _types(("values", "indices", "scores"), inputs, ("N", "K"), ("out",), outputs)
     if tactic == PRODUCT:
         launch = lookup_product.product_launch(k, d, c, e, size=0, permutation_seed=None)
-        launch = {name: value for name, value in launch.items() if name not in ("PERMUTATION", "WIDE")}
         grid = (t * (c * cdiv(d // c, launch["COLUMNS"])), cdiv(e, lookup_product.GROUP))
-        return Launch(plugin_kernels.lookup_reduce_product, types, launch, grid, (n, k))
+        return Launch(lookup_product.lookup_product_kernel, types, launch, grid, (n, k))
     lookup = Lookup(slots=k, columns=d // c, itemsize=ITEMSIZE[values.dtype], cores=c, blocks=e)
     tile = few_tokens(lookup) if tactic == FEW else many_tokens(lookup)
-    launch = _without_permutation(pool_launch(tile, k, d, c, e))
+    launch = pool_launch(tile, k, d, c, e) | {"scales": None, "permuted": None}
     grid = (t * (c * cdiv(lookup.columns, tile.columns)), cdiv(e, tile.group))
-    return Launch(plugin_kernels.lookup_reduce_rows, types, launch, grid, (n, k))
+    return Launch(lookup_reduce_kernel, types, launch, grid, (n, k))
 
 
 def lookup_reduce_quantized_tactics(inputs: Sequence[Operand], attributes: Mapping[str, Any]) -> tuple[int, ...]:
@@ -92,13 +84,12 @@ def lookup_reduce_quantized(
     if tactic == PRODUCT:
         launch = lookup_product_quantized.product_launch(k, d, c, e, bits=bits, size=0, permutation_seed=None)
         chunks = cdiv(d // c * bits // launch["WORD"], launch["COLUMNS"])
-        launch = {name: value for name, value in launch.items() if name not in ("PERMUTATION", "WIDE")}
         grid = (t * (c * chunks), cdiv(e, lookup_product_quantized.GROUP))
-        return Launch(plugin_kernels.lookup_reduce_quantized_product, types, launch, grid, (n, k))
+        return Launch(lookup_product_quantized.lookup_product_quantized_kernel, types, launch, grid, (n, k))
     tile = few_tokens(lookup) if tactic == FEW else many_tokens(lookup)
-    launch = _without_permutation(pool_launch(tile, k, d, c, e)) | {"BITS": bits, "WORD": 8 * lookup.itemsize}
+    launch = pool_launch(tile, k, d, c, e) | {"BITS": bits, "WORD": 8 * lookup.itemsize, "permuted": None}
     grid = (t * (c * cdiv(lookup.columns, tile.columns)), cdiv(e, tile.group))
-    return Launch(plugin_kernels.lookup_reduce_quantized_rows, types, launch, grid, (n, k))
+    return Launch(lookup_reduce_quantized_kernel, types, launch, grid, (n, k))
 
 
 def one_tactic(inputs: Sequence[Operand], attributes: Mapping[str, Any]) -> tuple[int, ...]:
@@ -113,21 +104,9 @@ def permute_addresses(
     for size in inputs[0].shape:
         count = count * size if isinstance(size, int) else size * count  # an expression stands on the left
     launch = permute_launch(attributes["size"], attributes["seed"], inverse=False)
-    del launch["INVERSE"]
     programs = cdiv(count, BLOCK) if isinstance(count, int) else ceil_div(count, BLOCK)
     types = _types(("addresses",), inputs, ("count",), ("out",), outputs)
-    return Launch(plugin_kernels.permute_addresses, types, launch, (programs, 1), (count,))
-
-
-def topk_constants(inputs: Sequence[Operand], attributes: Mapping[str, Any], tactic: int) -> dict[str, Any]:
-    """Constants of the selection, of which its scratch memory depends on TAILS, SLOTS, S and R."""
-    row, additive = inputs[0], len(inputs) == 2
-    r, n = (1, row.shape[2]) if additive else row.shape[2:]
-    c, candidates = (1, "one_tailed") if additive else (inputs[2].shape[1], attributes["candidates"])
-    tokens = select.FEW_TOKENS if tactic == FEW else select.FEW_TOKENS + 1
-    return select.topk_launch(
-        tokens, n, r, c, attributes["k"], candidates=candidates, additive=additive, itemsize=ITEMSIZE[row.dtype]
-    )
+    return Launch(permute_addresses_kernel, types, launch, (programs, 1), (count,))
 
 
 def topk(
@@ -137,8 +116,14 @@ def topk(
     t, h = inputs[0].shape[:2]
     names = ("row", "col") if len(inputs) == 2 else ("row", "col", "cores", "u", "t")
     types = _types(names, inputs, ("H",), ("scores", "addresses", "found", "chosen"), outputs)
-    kernel = plugin_kernels.product_topk if len(inputs) == 2 else plugin_kernels.tucker_topk
-    return Launch(kernel, types, topk_constants(inputs, attributes, tactic), (t * h, 1), (h,))
+    row, additive = inputs[0], len(inputs) == 2
+    r, n = (1, row.shape[2]) if additive else row.shape[2:]
+    c, candidates = (1, "one_tailed") if additive else (inputs[2].shape[1], attributes["candidates"])
+    many = select.FEW_TOKENS + 1  # as the op launches it for many tokens: that spills on no architecture
+    launch = select.topk_launch(
+        many, n, r, c, attributes["k"], candidates=candidates, additive=additive, itemsize=ITEMSIZE[row.dtype]
+    )
+    return Launch(select.topk_kernel, types, launch, (t * h, 1), (h,))
 
 
 def _types(
@@ -151,7 +136,3 @@ def _types(
     types = {name: f"*{each.dtype}" for name, each in zip(names, inputs, strict=True)}
     types |= dict.fromkeys(numbers, "i32")
     return types | {name: f"*{each.dtype}" for name, each in zip(output_names, outputs, strict=True)}
-
-
-def _without_permutation(launch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in launch.items() if name != "PERMUTATION"}

@@ -1,5 +1,6 @@
 """Plugin kernels: their launches are the ops' own, and an engine's PTX takes exactly what an engine gives."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from benchmarks.tensorrt_stand_in import build as parts
 from benchmarks.tensorrt_stand_in import plugin as stand_in_plugin
 from benchmarks.tensorrt_stand_in import stand_in
 from ultramem.export import tensorrt_launch, tensorrt_plugins
-from ultramem.export.tensorrt_launch import FEW, MANY, PRODUCT, usual_tactic
+from ultramem.export.tensorrt_launch import FEW, MANY, PRODUCT
 from ultramem.ops.triton import (
     ahead_of_time,
     lookup_product,
@@ -23,10 +24,10 @@ from ultramem.ops.triton import (
     lookup_reduce,
     lookup_reduce_quantized,
     permute_addresses,
-    plugin_kernels,
     select,
 )
 from ultramem.ops.triton.ahead_of_time import Compiled
+from ultramem.ops.triton.dispatch import FEW_TOKENS, PRODUCT_TOKENS
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = (1, 7, 64, 65, 2048, 2049)
@@ -66,22 +67,11 @@ def plugins(monkeypatch):
         yield trt, asked
 
 
-# Which kernel of an op each kernel of an engine is, and what that kernel is given besides: no permutation.
-OWN = {
-    plugin_kernels.lookup_reduce_rows: (lookup_reduce.lookup_reduce_kernel, {"PERMUTATION": None}),
-    plugin_kernels.lookup_reduce_product: (lookup_product.lookup_product_kernel, {"PERMUTATION": None, "WIDE": False}),
-    plugin_kernels.lookup_reduce_quantized_rows: (
-        lookup_reduce_quantized.lookup_reduce_quantized_kernel,
-        {"PERMUTATION": None},
-    ),
-    plugin_kernels.lookup_reduce_quantized_product: (
-        lookup_product_quantized.lookup_product_quantized_kernel,
-        {"PERMUTATION": None, "WIDE": False},
-    ),
-    plugin_kernels.permute_addresses: (permute_addresses.permute_addresses_kernel, {"INVERSE": False}),
-    plugin_kernels.tucker_topk: (select.topk_kernel, {}),
-    plugin_kernels.product_topk: (select.topk_kernel, {}),
-}
+def usual_tactic(tokens, *, has_product):
+    """The way that the ops themselves take for so many tokens."""
+    if has_product and tokens <= PRODUCT_TOKENS:
+        return PRODUCT
+    return FEW if tokens <= FEW_TOKENS else MANY
 
 
 def layer_of(trt, name, tensors, attributes):
@@ -105,12 +95,11 @@ def check(plugins, launched, name, tensors, attributes, tactic, tokens, own_numb
     kernel, _, constants, capability = asked[list(made).index(tactic)]
     _, _, params, numbers = made[tactic]
     own_kernel, grid, given, own_constants = launched.pop()
-    expected_kernel, implied = OWN[kernel]
-    assert own_kernel is expected_kernel
+    assert own_kernel is kernel
     assert capability == 90
-    # The interpreter multiplies wider numbers than a GPU does.
-    own_constants = {key: value for key, value in own_constants.items() if key != "WIDE"}
-    assert {**constants, **{key: value for key, value in implied.items() if key != "WIDE"}} == own_constants
+    names = kernel.arg_names if hasattr(kernel, "arg_names") else list(inspect.signature(kernel.fn).parameters)
+    own_constants |= {key: value for key, value in zip(names, given, strict=False) if value is None}
+    assert constants == own_constants
     sizes = {"T": tokens}
     assert [params.grid_x.evaluate(sizes), params.grid_y.evaluate(sizes)] == [*grid, 1][:2]
     assert params.grid_z.evaluate(sizes) == params.block_y.evaluate(sizes) == params.block_z.evaluate(sizes) == 1
@@ -222,18 +211,21 @@ def test_definitions_are_made_once_and_refuse_what_no_engine_has(plugins):
         )
 
 
-def test_arguments_that_triton_appends_are_taken_out_and_only_those():
+def test_arguments_of_an_entry_are_put_in_order_and_none_that_is_read_is_left_out():
     parameters = ",".join(
-        f"\n\t.param .{kind} k_param_{index}" for index, kind in enumerate(("u64", "u32", "u64", "u64"))
+        f"\n\t.param .{kind} k_param_{index}" for index, kind in enumerate(("u64", "u64", "u32", "u64", "u64", "u64"))
     )
-    ptx = f".visible .entry k({parameters}\n)\n{{ ld.param.b64 %r, [k_param_0]; }}"
-    cut = ahead_of_time.without_scratch_arguments(ptx, "k", 2)
-    assert ahead_of_time.argument_types(cut, "k") == ["u64", "u32"]
-    assert "[k_param_0]" in cut
-    with pytest.raises(ValueError, match="k must take 3 arguments and ignore 2 more, got 4"):
-        ahead_of_time.without_scratch_arguments(ptx, "k", 3)
-    with pytest.raises(ValueError, match="k must take 2 arguments and ignore 2 more, got 4"):
-        ahead_of_time.without_scratch_arguments(ptx.replace("[k_param_0]", "[k_param_3]"), "k", 2)
+    ptx = f".visible .entry k({parameters}\n)\n{{ ld.param.b64 %r, [k_param_0]; ld.param.b32 %s, [k_param_2]; }}"
+    made = ahead_of_time.with_arguments(ptx, "k", [2, 0])
+    assert ahead_of_time.argument_types(made, "k") == ["u32", "u64"]
+    assert made.index(".param .u32 k_param_2") < made.index(".param .u64 k_param_0")
+    assert made.endswith("{ ld.param.b64 %r, [k_param_0]; ld.param.b32 %s, [k_param_2]; }")
+    with pytest.raises(ValueError, match="k must not read its argument 2, which a launch does not give it"):
+        ahead_of_time.with_arguments(ptx, "k", [0, 1])
+    with pytest.raises(ValueError, match="k must take 7 arguments, got 6"):
+        ahead_of_time.with_arguments(ptx, "k", [6])
+    with pytest.raises(ValueError, match="must have an entry other, got none"):
+        ahead_of_time.with_arguments(ptx, "other", [0])
 
 
 @pytest.mark.parametrize("part", ["LookupReduce", "TopK", "Permute"])
