@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from exported import CONFIG, DENSE, MEMORY, build, once
+from families import as_pkm
 
 from ultramem import MoEConfig
 from ultramem.export import ExportOptions, export_model
@@ -21,19 +22,7 @@ from ultramem.graph.gathered_table import in_precision
 from ultramem.runtime.hugging_face_tokenizer import train_bpe
 from ultramem.runtime.tokenizer import ByteTokenizer
 
-PKM = replace(
-    MEMORY,
-    value_dim=32,
-    rank=1,
-    num_cores=1,
-    expansion=1,
-    permutation="none",
-    conv_width=1,
-    shared_query=False,
-    qk_norm="none",
-    score_function="softmax",
-    output="none",
-)
+PKM = as_pkm(MEMORY)
 BOTH = {"insertions": "1:1/2:2", "replace_mlp": True}
 MODELS = {
     "dense": DENSE,

@@ -5,30 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # the name that everybody uses
+from families import as_pkm
 
 import ultramem
 from ultramem import MemoryConfig, MoEConfig, UltraMemLayer
 from ultramem.graph.value_table import ValueTable
 from ultramem.graph.weights import save_weights, write_config
 
-PKM = MemoryConfig(
-    hidden_size=32,
-    num_layers=3,
-    value_dim=32,
-    key_dim=8,
-    knum=9,
-    top_m=5,
-    rank=1,
-    num_cores=1,
-    expansion=1,
-    permutation="none",
-    conv_width=1,
-    shared_query=False,
-    qk_norm="none",
-    score_function="softmax",
-    output="none",
-)
 ULTRAMEM = MemoryConfig(hidden_size=32, num_layers=3, value_dim=16, key_dim=8, knum=9, top_m=5)
+PKM = as_pkm(ULTRAMEM)
 MEMORIES = {
     "pkm": (PKM, "2:2", False),
     "pkm projected, with biases": (

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from families import as_pkm
 
 from ultramem import MemoryConfig, ModelConfig, MoEConfig
 from ultramem.runtime.data import load_corpus
@@ -11,19 +12,7 @@ from ultramem.runtime.train import train
 
 DENSE = ModelConfig(vocab_size=257, hidden_size=32, inner_size=48, num_heads=2, num_layers=2, dropout=0.1)
 ULTRAMEM = MemoryConfig(hidden_size=32, num_layers=2, value_dim=16, key_dim=8, knum=8, top_m=4)
-PKM = replace(
-    ULTRAMEM,
-    value_dim=32,
-    rank=1,
-    num_cores=1,
-    expansion=1,
-    permutation="none",
-    conv_width=1,
-    shared_query=False,
-    qk_norm="none",
-    score_function="softmax",
-    output="none",
-)
+PKM = as_pkm(ULTRAMEM)
 FAMILIES = {
     "dense": DENSE,
     "moe": replace(DENSE, inner_size=24, moe=MoEConfig(num_experts=4)),
