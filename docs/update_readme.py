@@ -49,10 +49,16 @@ def demo_table(summary: dict[str, Any]) -> str:
     lines += [
         "",
         f"One run, seed {row['seed']}, on {machine['device']} with {machine['threads']} threads. Decode is the median "
-        "of one step at batch 1; training includes compiling. Made with `examples/demo.py --engines "
-        f"{','.join(summary['engines'])}`; `make demo` leaves `compile` out to be quicker. " + summary.get("note", ""),
+        f"of one step at batch 1; training includes compiling. Made by {_command(summary['engines'])}. "
+        + summary.get("note", ""),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _command(engines: list[str]) -> str:
+    if "compile" not in engines:
+        return "`make demo`"
+    return f"`examples/demo.py --engines {','.join(engines)}`; `make demo` leaves `compile` out to be quicker"
 
 
 def _milliseconds(time_us: float | None) -> str:
