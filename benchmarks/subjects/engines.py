@@ -8,8 +8,8 @@ Shapes: B batch, S prompt, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,7 @@ from ultramem import build_model, preset
 FAMILIES = ("dense", "moe", "pkm", "ultramem")
 PROMPT = 64
 EXPORTS = ROOT / "runs" / "benchmarks" / "exports"
-FACTOR = 4  # times eager float32's own error, as exports are held to
-DRAWS = 3  # of tokens, of which one must agree: two slots of nearly equal scores may change places
+DRAWS = 3  # of tokens: the first must agree with eager, or all others
 
 
 def rows(suite: Suite) -> list[Row]:
@@ -55,48 +54,30 @@ class Step(NamedTuple):
 
 def build(row: Row, device: torch.device) -> Case:
     from ultramem.runtime.engine import AotEngine, CompiledEngine, EagerEngine, Engine, OnnxEngine
+    from ultramem.runtime.profile.measure import Inputs, WrongLogitsError, check_agreement, draw_inputs
 
     config = preset(f"{row.variant}-tiny")
     torch.manual_seed(0)
     model = build_model(config).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(1)
+    seeds = itertools.count()
 
-    def tokens() -> tuple[Tensor, Tensor]:
-        drawn = torch.randint(config.vocab_size, (row.tokens, PROMPT + 1), generator=generator)
-        return drawn[:, :-1].contiguous(), drawn[:, -1:].contiguous()
-
-    @cache
-    def twin() -> Any:
-        return build_model(config).double().eval().requires_grad_(False)
-
-    def expected(prompt_BS: Tensor, next_B1: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the step by eager float32 and float64."""
-        twin().load_state_dict(model.state_dict())
-        both = []
-        for each in (model, twin()):
-            cached = each(prompt_BS).cache
-            both.append(each(next_B1, cache=cached).logits)
-        return both[0], both[1]
+    def drawn() -> Inputs:
+        return draw_inputs(config.vocab_size, batch=row.tokens, prompt_tokens=PROMPT, seed=next(seeds))
 
     def contender(role: Role, settings: str, engine: Engine) -> Contender:
         def prepare() -> Step:
-            prompt_BS, next_B1 = tokens()
-            return Step(next_B1, engine.prefill(prompt_BS)[1])
-
-        def run(step: Step) -> Tensor:
-            return engine.decode(*step)[0]
+            inputs = drawn()
+            return Step(inputs.next_B1, engine.prefill(inputs.prompt_BS)[1])
 
         def check() -> None:
-            for _ in range(DRAWS):
-                prompt_BS, next_B1 = tokens()
-                eager, exact = expected(prompt_BS, next_B1)
-                allowed = FACTOR * (eager - exact).abs().max().item()
-                difference = (run(Step(next_B1, engine.prefill(prompt_BS)[1])) - eager).abs().max().item()
-                if difference <= allowed:
-                    return
-            raise WrongResultError(f"a logit differs from eager's by {difference:.3g}, accepted {allowed:.3g}")
+            try:
+                check_agreement(model, [engine], [[drawn()] for _ in range(DRAWS)])
+            except WrongLogitsError as error:
+                raise WrongResultError(str(error)) from error
 
-        return Contender(role=role, settings=settings, draw=prepare, run=run, check=check)
+        return Contender(
+            role=role, settings=settings, draw=prepare, run=lambda step: engine.decode(*step)[0], check=check
+        )
 
     def exported(name: str, opened: Callable[[Path], Engine], settings: str) -> Contender:
         return contender("ours", settings, opened(_export(model, row.variant, name)))

@@ -7,6 +7,7 @@ import torch
 from exported import CONFIG, DENSE, MEMORY, build
 
 from ultramem.graph import UltraMemLayer, fold_for_inference
+from ultramem.optim import build_optimizers
 
 LAYERS = {
     "ultramem": MEMORY,
@@ -78,3 +79,10 @@ def test_a_model_without_memory_is_folded_to_itself():
 def test_a_model_in_training_is_refused():
     with pytest.raises(ValueError, match=r"must be in eval mode to be folded \(call model.eval\(\)\)"):
         fold_for_inference(build(CONFIG).train())
+
+
+def test_stale_tables_are_refused():
+    model = build(CONFIG)
+    build_optimizers(model, lr=1e-3, tables="lazy_adamw")
+    with pytest.raises(ValueError, match=r"must be up to date to be shared: load the saved weights \(ultramem.load\)"):
+        fold_for_inference(model.eval())

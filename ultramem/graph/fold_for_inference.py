@@ -46,7 +46,7 @@ def fold_for_inference(model: Model) -> Model:
         is not that of `model`.
 
     Raises:
-        ValueError: the model is in training mode.
+        ValueError: the model is in training mode, or its tables are stale.
     """
     if model.training:
         raise ValueError("the model must be in eval mode to be folded (call model.eval())")

@@ -113,8 +113,6 @@ def quantize_tables(model: Transformer, bits: int) -> Transformer:
     def quantized(module: nn.Module) -> nn.Module | None:
         if not isinstance(module, ValueTable):
             return None
-        if module.lazy_rows is not None:
-            raise ValueError("the tables must be up to date to be quantised: load the saved weights (ultramem.load)")
         return QuantizedValueTable(module, bits).eval()
 
     with torch.no_grad():

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from ultramem.graph.value_table import ValueTable
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -23,7 +25,13 @@ def shared_copy(
         model: stays as it is.
         tensors: what each parameter or buffer becomes; None: each is shared.
         modules: what to put in the place of a module, whose insides are then not looked at; or None to copy it.
+
+    Raises:
+        ValueError: a table is stale, so that its rows mean nothing without its optimiser.
     """
+    for table in model.modules():
+        if isinstance(table, ValueTable) and (table.lazy_rows is not None or table.lazy_experts is not None):
+            raise ValueError("the tables must be up to date to be shared: load the saved weights (ultramem.load)")
     memo: dict[int, Any] = {}
     kept: list[nn.Module] = []  # an id is unique as long as its object lives
     for module in model.modules():
