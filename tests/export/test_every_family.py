@@ -24,6 +24,9 @@ FAMILIES = {
 }
 WITHOUT_TABLE = ("dense", "moe")
 
+# TensorRT builds engines on the GPU that runs them; test_tensorrt has its export with a stand-in.
+BUILT_HERE = tuple(engine for engine in ENGINES if engine != "tensorrt")
+
 # Every value of a column at least twice; what an engine lacks is in test_options.
 PAIRWISE = [
     ("dense", "fp16", None, "onnx"),
@@ -46,7 +49,7 @@ PAIRWISE = [
 ]
 EVERY = [
     (family, dtype, table, engine)
-    for family, engine in product(FAMILIES, ENGINES)
+    for family, engine in product(FAMILIES, BUILT_HERE)
     for dtype in artifact.BACKENDS[engine].dtypes
     for table in (None, *artifact.BACKENDS[engine].tables)
     if table is None or family not in WITHOUT_TABLE
@@ -55,7 +58,9 @@ EVERY = [
 
 def test_the_selection_has_every_value_twice():
     for column, values in zip(
-        zip(*PAIRWISE, strict=True), (FAMILIES, ("fp32", "fp16", "bf16"), (None, "int8", "int4"), ENGINES), strict=True
+        zip(*PAIRWISE, strict=True),
+        (FAMILIES, ("fp32", "fp16", "bf16"), (None, "int8", "int4"), BUILT_HERE),
+        strict=True,
     ):
         for value in values:
             assert column.count(value) >= 2, value
