@@ -39,7 +39,7 @@ def rows(suite: Suite) -> list[Row]:
                 tokens=t,
                 indices=indices,
                 dtype="float32",
-                limit_s=150,
+                limit_s=400,
                 quick=(size, t, indices) == ("151m", 1024, "uniform"),
             )
             for size, t, indices in shapes
