@@ -114,6 +114,32 @@ def test_sampling_follows_its_seed(run, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_several_prompts_come_out_in_their_order_as_each_alone(run, capsys):
+    prompts, alone = ("She", "The two daughters", "x"), []
+    for prompt in prompts:
+        assert main(["generate", str(run), "--prompt", prompt, "--max-new-tokens", "9", "--json"]) == 0
+        (completion,) = last_json(capsys)["completions"]
+        assert completion["finish_reason"] == "length"
+        alone.append(completion)
+    words = ["generate", str(run), *(f"--prompt={each}" for each in prompts), "--max-new-tokens", "9"]
+    assert main([*words, "--max-batch", "2", "--json"]) == 0
+    result = last_json(capsys)
+    assert result["completions"] == alone
+    assert {name: result[name] for name in alone[0]} == alone[0]
+    assert main(words) == 0
+    assert capsys.readouterr().out == "\n\n".join(each["prompt"] + each["text"] for each in alone) + "\n"
+
+
+def test_a_stop_text_ends_a_continuation(run, capsys):
+    words = ["generate", str(run), "--prompt", "She", "--max-new-tokens", "9", "--json"]
+    assert main(words) == 0
+    text = last_json(capsys)["text"]
+    assert main([*words, "--stop", text[4:6]]) == 0
+    result = last_json(capsys)
+    assert result["finish_reason"] == "stop"
+    assert result["text"] == text[: text.index(text[4:6])]
+
+
 def test_toml_options_with_flags_on_top(text, tmp_path, capsys):
     toml = tmp_path / "options.toml"
     toml.write_text("steps = 1\nbatch_size = 3\nlr = 1\ncompile = false\nsequence_length = 8\n")
@@ -209,6 +235,12 @@ def test_a_corrupt_checkpoint_is_one_line(run, text, tmp_path, capsys):
         (["generate", "RUN", "--prompt", "x", "--temperature", "-1"], "temperature must be at least 0"),
         (["generate", "RUN", "--prompt", "x", "--top-p", "0"], "top_p must be in (0, 1]"),
         (["generate", "RUN", "--prompt", "x", "--engine", "magic"], "invalid choice: 'magic'"),
+        (["generate", "RUN", "--prompt", "x", "--stop", ""], "stop must be texts of at least one character"),
+        (["generate", "RUN", "--prompt", "x", "--max-batch", "0"], "max_batch must be at least 1, got 0"),
+        (
+            ["generate", "RUN", "--prompt", "x", "--max-cache-bytes", "9"],
+            "must fit max_cache_bytes 9, got 202 tokens of",
+        ),
         (["export", "nowhere", "--to", "onnx", "--out", "x"], "nowhere is not a run folder"),
         (["export", "RUN", "--to", "flash", "--out", "x"], "invalid choice: 'flash'"),
         (["export", "RUN", "--to", "onnx", "--out", "RUN"], "exists"),

@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ultramem.config import TrainConfig, from_dict
 from ultramem.data_cli import add_data_commands
+from ultramem.generate_cli import ENGINES, EXPORTS, add_generate_command
 from ultramem.train_cli import add_train_commands
 
 if TYPE_CHECKING:
     from ultramem.graph import Transformer
-    from ultramem.runtime.engine import Engine
 
-ENGINES = ("eager", "compile", "onnx", "aoti", "tensorrt")
-EXPORTS = ("onnx", "aoti", "tensorrt")
 HELD_OUT_TOKENS = 16384  # for what rounding costs: an export should not take an evaluation's time
 
 
@@ -93,15 +91,7 @@ def _build_parser() -> _Parser:
     sub.add_argument("--sequence-length", type=int, metavar="N", help="tokens per window (default: as trained)")
     sub.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile first")
 
-    sub = command("generate", _generate, "Continue a prompt.")
-    sub.add_argument("run_folder", type=Path, metavar="RUN")
-    sub.add_argument("--prompt", required=True, metavar="TEXT")
-    sub.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="(default: 200)")
-    sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
-    sub.add_argument("--top-p", type=float, default=1.0, metavar="X", help="nucleus of the sampling (default: 1)")
-    sub.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (default: 0)")
-    sub.add_argument("--engine", default="eager", choices=ENGINES, help="(default: eager)")
-    sub.add_argument("--artifact", type=Path, metavar="DIR", help="export folder (default: RUN/exports/ENGINE)")
+    add_generate_command(command)
 
     sub = command("export", _export, "Lower a run to another engine, run the artefact and record its parity.")
     sub.add_argument("run_folder", type=Path, metavar="RUN")
@@ -190,61 +180,6 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
                     f"perplexity {means['perplexity']:.3f} over {over}"
                 )
     return result
-
-
-def _engine(name: str, run_folder: Path, artifact: Path | None) -> Engine:
-    """An engine for a run; what it needs is exported first if it is not there."""
-    from ultramem.graph.weights import load
-    from ultramem.runtime.engine import OnnxEngine, open_engine
-
-    model = load(run_folder)
-    if name in EXPORTS and artifact is None:
-        artifact = run_folder / "exports" / name
-        if not artifact.exists():
-            from ultramem.export import export_model
-
-            print(f"exporting to {artifact}", file=sys.stderr)
-            artifact.parent.mkdir(exist_ok=True)
-            export_model(model, name, artifact)
-    engine = open_engine(name, model, artifact)
-    if isinstance(engine, OnnxEngine):
-        print(f"onnx: {engine.kernels}", file=sys.stderr)
-    return engine
-
-
-def _generate(args: argparse.Namespace) -> dict[str, Any]:
-    from ultramem.graph.weights import read_model_config
-    from ultramem.runtime.generate import generate
-    from ultramem.runtime.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(args.run_folder)
-    prompt = [tokenizer.end_of_text, *tokenizer.encode(args.prompt)]
-    config = read_model_config(args.run_folder)
-    tokens = generate(
-        _engine(args.engine, args.run_folder, args.artifact),
-        prompt,
-        max_new_tokens=args.max_new_tokens,
-        max_positions=config.max_positions,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        end_of_text=tokenizer.end_of_text,
-    )
-    new: list[int] = []
-
-    def kept() -> typing.Iterator[int]:
-        for token in tokens:
-            new.append(token)
-            yield token
-
-    if args.json:
-        new = list(tokens)
-    else:
-        print(args.prompt, end="", flush=True)
-        for piece in tokenizer.decode_stream(kept()):
-            print(piece, end="", flush=True)
-        print()
-    return {"engine": args.engine, "prompt": args.prompt, "text": tokenizer.decode(new), "tokens": new}
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,27 +1,18 @@
 """Families, types of weights, types of rows and engines, pairwise; the whole product is slow."""
 
-from dataclasses import replace
+import json
+import time
+from dataclasses import asdict
 from itertools import product
+from pathlib import Path
 
 import pytest
-from exported import DENSE, MEMORY, build
+from exported import build
+from families import FAMILIES
 from torch._inductor import config as inductor
 
-from ultramem import MoEConfig
 from ultramem.export import ENGINES, ExportOptions, artifact, export_model
 
-ONE_LAYER = replace(MEMORY, num_layers=1, permutation="none")  # a permutation is most of a compiler's time
-BASE = replace(DENSE, hidden_size=32, inner_size=48, memory=ONE_LAYER, insertions="1:1")
-PKM = replace(ONE_LAYER, rank=1, num_cores=1, expansion=1, conv_width=1, score_function="softmax")
-FAMILIES = {
-    "dense": DENSE,
-    "moe": replace(DENSE, moe=MoEConfig(num_experts=4)),
-    "pkm": replace(BASE, memory=PKM),
-    "ultramem": BASE,
-    "memory-plus": replace(BASE, memory=replace(PKM, table="shared", output="gated"), replace_mlp=True),
-    "peer": replace(BASE, memory=replace(PKM, expert_dim=32), replace_mlp=True),
-    "ultramem-v2": replace(BASE, memory=replace(ONE_LAYER, expert_dim=8, expert_project=True, table="windows")),
-}
 WITHOUT_TABLE = ("dense", "moe")
 
 # TensorRT builds engines on the GPU that runs them; test_tensorrt has its export with a stand-in.
@@ -74,7 +65,27 @@ def quick_compiler():
         yield
 
 
-def check(folder, family, dtype, table, engine):
+@pytest.fixture
+def record(request):
+    """Puts a result into the file of `--parity-file`, by name; skips the test if it is there already."""
+    file = request.config.getoption("--parity-file")
+    name = dict(request.node.callspec.params)
+    if file is None:
+        return lambda result: None
+    path = Path(file)
+    known = path.read_text().splitlines() if path.exists() else []
+    if any(name.items() <= json.loads(line).items() for line in known):
+        pytest.skip("the file has it")
+
+    def write(result):
+        with path.open("a") as lines:  # one write: two workers append whole lines
+            lines.write(json.dumps({**name, **result}) + "\n")
+
+    return write
+
+
+def check(folder, record, family, dtype, table, engine):
+    start = time.perf_counter()
     manifest = export_model(build(FAMILIES[family]), engine, folder, options=ExportOptions(dtype=dtype, table=table))
     parity = manifest.parity
     assert parity.max_error <= parity.allowed == 4 * parity.eager_error
@@ -86,15 +97,17 @@ def check(folder, family, dtype, table, engine):
     if dtype == "fp32":
         assert parity.greedy_equal == parity.greedy_tokens == 128
         assert parity.allowed < 1e-3
-    print(f"{family:12} {dtype} {table!s:5} {engine:11} {parity}")
+    seconds = round(time.perf_counter() - start, 1)
+    commit, versions = manifest.source_commit, manifest.versions
+    record({"commit": commit, "versions": versions, "seconds": seconds, "parity": asdict(parity)})
 
 
 @pytest.mark.parametrize(("family", "dtype", "table", "engine"), PAIRWISE)
-def test_pairwise(tmp_path, family, dtype, table, engine):
-    check(tmp_path / "out", family, dtype, table, engine)
+def test_pairwise(tmp_path, record, family, dtype, table, engine):
+    check(tmp_path / "out", record, family, dtype, table, engine)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype", "table", "engine"), [each for each in EVERY if each not in PAIRWISE])
-def test_the_rest(tmp_path, family, dtype, table, engine):
-    check(tmp_path / "out", family, dtype, table, engine)
+def test_the_rest(tmp_path, record, family, dtype, table, engine):
+    check(tmp_path / "out", record, family, dtype, table, engine)

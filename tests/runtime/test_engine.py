@@ -6,6 +6,7 @@ from exported import CONFIG, DENSE, build, export_once, once
 
 from ultramem.export import ExportOptions, export_model
 from ultramem.runtime.engine import ENGINES, AotEngine, CompiledEngine, EagerEngine, OnnxEngine, open_engine
+from ultramem.runtime.model_engine import GROWTH
 
 STEPS = 32
 
@@ -88,6 +89,32 @@ def test_decode_takes_a_mask_over_all_tokens(engine, length):
     whole, _ = engine.decode(token, cache, torch.ones(1, length + 1, dtype=torch.int64))
     default, _ = engine.decode(token, cache)  # the cache of the first call is still good
     assert whole.equal(default)
+
+
+def test_a_cache_that_was_overwritten_is_refused(compiled):
+    """Steps in place go on from any cache, and what came of it before is gone."""
+    prompt = torch.randint(64, (1, 5))
+    _, cache = compiled.prefill(prompt)
+    expected, first = compiled.decode(torch.tensor([[3]]), cache)
+    _, second = compiled.decode(torch.tensor([[4]]), cache)
+    with pytest.raises(ValueError, match="cache was overwritten: an earlier cache of the same sequences"):
+        compiled.decode(torch.tensor([[5]]), first)
+    compiled.decode(torch.tensor([[5]]), second)
+    again, _ = compiled.decode(torch.tensor([[3]]), cache)
+    assert again.equal(expected)
+
+
+def test_a_cache_grows_past_its_room(compiled, model):
+    prompt = torch.randint(64, (1, GROWTH - 3))
+    _, cache = compiled.prefill(prompt)
+    tokens = torch.randint(64, (1, 8))
+    pieces = []
+    for token in tokens[0]:
+        logits, cache = compiled.decode(token.view(1, 1), cache)
+        pieces.append(logits)
+    with torch.no_grad():
+        expected = model(torch.cat([prompt, tokens], 1)).logits[:, prompt.shape[1] :]
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_no_recompile_over_lengths_after_the_warm_up(compiled):

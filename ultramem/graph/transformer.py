@@ -16,6 +16,7 @@ from ultramem.config import ModelConfig
 from ultramem.graph.init import init_linear, init_table
 from ultramem.graph.memory_layer import UltraMemLayer
 from ultramem.graph.moe import MoE, MoEOutput
+from ultramem.graph.static_cache import StaticCache
 from ultramem.graph.value_table import ValueTable
 
 
@@ -34,6 +35,10 @@ class Cache(NamedTuple):
         """Tokens in the cache."""
         return self.keys[0].shape[2]
 
+    def append(self, layer: int, key_BASX: Tensor, value_BASX: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B,A,P+S,X] of a layer, with those of new tokens."""
+        return torch.cat([self.keys[layer], key_BASX], dim=2), torch.cat([self.values[layer], value_BASX], dim=2)
+
 
 class ModelOutput(NamedTuple):
     """`logits` [B,S,V] float; `cache` with the new tokens appended; `aux_loss`, a scalar, 0 outside training."""
@@ -46,9 +51,10 @@ class ModelOutput(NamedTuple):
 class Attention(nn.Module):
     """Multi-head causal attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         d = config.hidden_size
+        self.index = index
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(d, 3 * d, bias=False)
         self.out = nn.Linear(d, d, bias=False)
@@ -58,14 +64,14 @@ class Attention(nn.Module):
         hidden_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask_B1SP: Tensor | None,
-        past: tuple[Tensor, Tensor] | None,
+        cache: Cache | StaticCache | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output [B,S,D] and the keys and values [B,A,P+S,X] of all tokens so far."""
         b, s, _ = hidden_BSD.shape
         query, key, value = self.qkv(hidden_BSD).view(b, s, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if past is not None:
-            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        if cache is not None:
+            key, value = cache.append(self.index, key, value)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_B1SP, is_causal=mask_B1SP is None)
         return self.out(mixed.transpose(1, 2).flatten(2)), key, value
 
@@ -109,7 +115,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, bias=False)
-        self.attention = Attention(config)
+        self.attention = Attention(config, number - 1)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, bias=False)
         self.mlp = _make_mlp(config, number)
 
@@ -182,17 +188,48 @@ class Transformer(nn.Module):
             mask = self._mask(input_ids_BS, attention_mask, past_length)
         if position_ids is None:
             position_ids = self._positions(input_ids_BS, attention_mask, past_length)
-        rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
         token_BS1 = None if attention_mask is None else attention_mask[:, past_length:].unsqueeze(-1)
+        logits_BSV, state, aux_losses = self._run(input_ids_BS, position_ids, mask, token_BS1, cache)
+        aux_loss = logits_BSV.new_zeros((), dtype=torch.float32)
+        if self.training:
+            memory_losses = [memory.aux_loss() for memory in self.memories if isinstance(memory, UltraMemLayer)]
+            aux_loss = sum([*aux_losses, *memory_losses], aux_loss)
+        return ModelOutput(logits_BSV, Cache(*state), aux_loss)
 
+    def decode_in_place(
+        self, input_ids_B1: Tensor, attention_mask_BP: Tensor, position_ids_B1: Tensor, cache: StaticCache
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Logits [B,1,V] of one more token, whose key and value are written to the cache; and its new `convs`.
+
+        Args:
+            input_ids_B1: the new tokens, int64.
+            attention_mask_BP: of the columns that are looked at: 1 for tokens, the new one included, 0 for padding and
+                for columns that are not in use.
+            position_ids_B1: of the new tokens.
+            cache: with the column that the new tokens go to.
+        """
+        token_B11 = attention_mask_BP.index_select(1, cache.column_1).unsqueeze(-1)
+        mask_B11P = cache.mask(attention_mask_BP)
+        logits_B1V, (_, _, convs), _ = self._run(input_ids_B1, position_ids_B1, mask_B11P, token_B11, cache)
+        return logits_B1V, convs
+
+    def _run(
+        self,
+        input_ids_BS: Tensor,
+        position_ids_BS: Tensor,
+        mask: Tensor | None,
+        token_BS1: Tensor | None,
+        cache: Cache | StaticCache | None,
+    ) -> tuple[Tensor, tuple[tuple[Tensor, ...], ...], list[Tensor]]:
+        """Logits; keys, values and last inputs of convolutions; the balance losses of mixtures of experts."""
+        rotary = rotary_table(position_ids_BS, self.config.head_dim, self.config.rope_theta)
         hidden_BSD = self.dropout(self.embedding(input_ids_BS))
         keys, values, convs, aux_losses = [], [], [], []
         waiting: dict[int, list[Tensor]] = {}
         insertions = self.config.parsed_insertions
         for number, block in enumerate(self.blocks, start=1):
             assert isinstance(block, Block)
-            past = None if cache is None else (cache.keys[number - 1], cache.values[number - 1])
-            attended, key, value = block.attention(block.attention_norm(hidden_BSD), rotary, mask, past)
+            attended, key, value = block.attention(block.attention_norm(hidden_BSD), rotary, mask, cache)
             keys.append(key)
             values.append(value)
             hidden_BSD = hidden_BSD + self.dropout(attended)
@@ -216,12 +253,7 @@ class Transformer(nn.Module):
                 hidden_BSD = hidden_BSD + self.dropout(output)
             for memory_output_BSD in waiting.pop(number, ()):
                 hidden_BSD = hidden_BSD + self.dropout(memory_output_BSD)
-        logits_BSV = self.head(self.norm(hidden_BSD))
-        aux_loss = logits_BSV.new_zeros((), dtype=torch.float32)
-        if self.training:
-            memory_losses = [memory.aux_loss() for memory in self.memories if isinstance(memory, UltraMemLayer)]
-            aux_loss = sum([*aux_losses, *memory_losses], aux_loss)
-        return ModelOutput(logits_BSV, Cache(tuple(keys), tuple(values), tuple(convs)), aux_loss)
+        return self.head(self.norm(hidden_BSD)), (tuple(keys), tuple(values), tuple(convs)), aux_losses
 
     @staticmethod
     def _mask(input_ids_BS: Tensor, attention_mask: Tensor | None, past_length: int) -> Tensor:

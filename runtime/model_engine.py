@@ -1,0 +1,161 @@
+"""Engines that run the module itself: eager PyTorch and torch.compile.
+
+Shapes: B batch, S tokens of a prompt, P columns of the cache in use, C columns that there is room for.
+"""
+
+from __future__ import annotations
+
+import types
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultramem.export.program import FlatModel, empty_state
+from ultramem.graph.fold_for_inference import fold_for_inference
+from ultramem.graph.static_cache import StaticCache
+from ultramem.graph.transformer import Transformer
+from ultramem.runtime.engine_cache import EngineCache, Room
+from ultramem.runtime.engine_interface import Engine
+
+GROWTH = 256
+"""Columns by which a compiled engine's cache grows: a copy of all of it every so many tokens."""
+
+
+class _ModelEngine(Engine):
+    """Runs the module itself, its constants folded, on its own device and in its own dtype; the cache stays there."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__(model.config)
+        if model.training:
+            raise ValueError("the model must be in eval mode to be run by an engine (call model.eval())")
+        self.model = FlatModel(fold_for_inference(model))
+        self.weight = model.embedding.weight
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def _run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        ids, mask, positions, *state = (tensor.to(self.weight.device) for tensor in inputs)
+        logits, *new_state = self._call(ids, mask, positions, *(tensor.to(self.weight.dtype) for tensor in state))
+        return logits.cpu(), *new_state
+
+    @abstractmethod
+    def _call(self, *inputs: Tensor) -> Sequence[Tensor]: ...
+
+
+class EagerEngine(_ModelEngine):
+    """The model as it stands."""
+
+    name = "eager"
+
+    def _call(self, *inputs: Tensor) -> Sequence[Tensor]:
+        return self.model(*inputs)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+
+class CompiledEngine(_ModelEngine):
+    """torch.compile, one graph for prefill and one for decoding, for one sequence and for several.
+
+    Prompt and cache lengths are free. The compiler makes a constant of a length of 0 or 1, so prefill takes no cache,
+    and a prompt of one token gets a padding token in front, which also makes its cache long enough. A decode step
+    writes its token into a cache that has room for it, which prefill made, instead of copying it to a longer one.
+    """
+
+    name = "compile"
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__(model)
+        self._num_keys = 2 * model.config.num_layers
+        self._traced: set[bool] = set()
+        empty = empty_state(model.config, 1, self.weight.dtype)
+        flat, transformer, num_keys = self.model, self.model.model, self._num_keys
+
+        def prefill(ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+            state = (each.to(ids.device).expand(ids.shape[0], *each.shape[1:]) for each in empty)
+            return flat.forward(ids, mask, positions, *state)
+
+        def decode(
+            ids: Tensor, mask: Tensor, positions: Tensor, column_1: Tensor, *state: Tensor
+        ) -> tuple[Tensor, ...]:
+            pairs = state[:num_keys]
+            cache = StaticCache(pairs[0::2], pairs[1::2], state[num_keys:], column_1, mask.shape[1])
+            logits, convs = transformer.decode_in_place(ids, mask, positions, cache)
+            return logits, *(each.contiguous() for each in convs)
+
+        self._prefill_graph: Callable[..., tuple[Tensor, ...]] = torch.compile(_with_own_code(prefill), fullgraph=True)
+        self._decode_graph: Callable[..., tuple[Tensor, ...]] = torch.compile(_with_own_code(decode), fullgraph=True)
+
+    def _prefill(self, input_ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, EngineCache]:
+        hidden = 1 if input_ids_BS.shape[1] == 1 else 0
+        if hidden:
+            input_ids_BS = torch.nn.functional.pad(input_ids_BS, (1, 0))
+            mask_BS = torch.nn.functional.pad(mask_BS, (1, 0))
+        logits_BSV, cache = super()._prefill(input_ids_BS, mask_BS)
+        return logits_BSV[:, hidden:], self._with_room(cache._replace(hidden=hidden))
+
+    def _call(self, *inputs: Tensor) -> Sequence[Tensor]:
+        ids, mask, positions = (tensor.clone() for tensor in inputs[:3])
+        for tensor in (ids, mask, positions):
+            _mark(tensor, 1)
+        return self._prefill_graph(ids, mask, positions)
+
+    def _decode(self, input_ids_B1: Tensor, mask_BP: Tensor, cache: EngineCache) -> tuple[Tensor, EngineCache]:
+        column = mask_BP.shape[1] - 1
+        if cache.room is None or cache.room.capacity <= column + 1:  # never full: lengths that are equal are a graph
+            cache = self._with_room(cache)
+        room = cache.room
+        assert room is not None
+        if len(room.writers) < column or room.writers[column - 1] is not cache.writer:
+            raise ValueError(
+                "cache was overwritten: an earlier cache of the same sequences has been decoded from since"
+            )
+        device = self.weight.device
+        positions_B1 = (mask_BP.sum(1, keepdim=True) - 1).clamp_min(0)
+        tokens = [each.to(device) for each in (input_ids_B1.clone(), mask_BP, positions_B1)]
+        column_1 = torch.tensor([column], device=device)
+        convs = cache.state[self._num_keys :]
+        kind = input_ids_B1.shape[0] > 1
+        if kind not in self._traced:  # what is marked is for the compiler alone, and takes time
+            self._traced.add(kind)
+            for tensor in (tokens[0], tokens[2], *convs):
+                _mark(tensor, None)
+            for tensor, axis in ((tokens[1], 1), *((buffer, 2) for buffer in room.buffers)):
+                _mark(tensor, axis)
+        del room.writers[column:]
+        logits_B1V, *convs = self._decode_graph(*tokens, column_1, *room.buffers, *convs)
+        writer = object()
+        room.writers.append(writer)
+        return logits_B1V.cpu(), EngineCache(mask_BP, (*room.buffers, *convs), cache.hidden, room, writer)
+
+    def _with_room(self, cache: EngineCache) -> EngineCache:
+        """The same tokens, with room for up to `GROWTH` more."""
+        columns = cache.num_columns
+        capacity = (columns // GROWTH + 1) * GROWTH + 1
+        buffers = []
+        for tensor in cache.state[: self._num_keys]:
+            buffer = tensor.new_empty(*tensor.shape[:2], capacity, tensor.shape[3])
+            buffer[:, :, :columns] = tensor[:, :, :columns]
+            buffers.append(buffer)
+        room = Room(tuple(buffers), columns)
+        convs = (each.contiguous() for each in cache.state[self._num_keys :])  # strides are guarded
+        return EngineCache(cache.mask_BP, (*buffers, *convs), cache.hidden, room)
+
+
+def _mark(tensor: Tensor, length_axis: int | None) -> None:
+    from torch._dynamo import mark_dynamic  # slow to import, and only this engine needs it
+
+    if tensor.shape[0] > 1:
+        mark_dynamic(tensor, 0)
+    if length_axis is not None:
+        mark_dynamic(tensor, length_axis)
+
+
+def _with_own_code(function: types.FunctionType | Callable[..., Any]) -> Callable[..., Any]:
+    """A copy that the compiler counts by itself: it limits graphs per code object, which closures share."""
+    assert isinstance(function, types.FunctionType)
+    return types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
+    )

@@ -1,0 +1,118 @@
+"""`ultramem generate`: continue prompts on any engine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ultramem.runtime.engine import Engine
+    from ultramem.runtime.generate import Event
+
+ENGINES = ("eager", "compile", "onnx", "aoti", "tensorrt")
+EXPORTS = ("onnx", "aoti", "tensorrt")
+
+
+def add_generate_command(command: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
+    sub = command("generate", _generate, "Continue prompts.")
+    sub.add_argument("run_folder", type=Path, metavar="RUN")
+    sub.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be given several times")
+    sub.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="of each prompt (default: 200)")
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
+    sub.add_argument("--top-p", type=float, default=1.0, metavar="X", help="nucleus of the sampling (default: 1)")
+    sub.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling of each prompt (default: 0)")
+    sub.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends a continuation; may be given several times"
+    )
+    sub.add_argument("--max-batch", type=int, default=8, metavar="N", help="prompts that run at a time (default: 8)")
+    sub.add_argument(
+        "--max-cache-bytes", type=int, metavar="N", help="of keys and values of those (default: as memory lasts)"
+    )
+    sub.add_argument("--engine", default="eager", choices=ENGINES, help="(default: eager)")
+    sub.add_argument("--artifact", type=Path, metavar="DIR", help="export folder (default: RUN/exports/ENGINE)")
+
+
+def _generate(args: argparse.Namespace) -> dict[str, Any]:
+    from ultramem.graph.weights import read_model_config
+    from ultramem.runtime.generate import Generator, Request, check_request
+    from ultramem.runtime.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(args.run_folder)
+    config = read_model_config(args.run_folder)
+    requests = [
+        Request(
+            prompt=(tokenizer.end_of_text, *tokenizer.encode(prompt)),
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            stop=tuple(args.stop),
+        )
+        for prompt in args.prompt
+    ]
+    for request in requests:  # an engine may have to be exported or compiled: not for what is refused then
+        check_request(request, config)
+    generator = Generator(
+        _engine(args.engine, args.run_folder, args.artifact),
+        tokenizer=tokenizer,
+        max_batch=args.max_batch,
+        max_cache_bytes=args.max_cache_bytes,
+    )
+    ids = [generator.submit(request) for request in requests]
+    completions = [{"prompt": prompt, "text": "", "tokens": [], "finish_reason": None} for prompt in args.prompt]
+    by_id: dict[int, dict[str, Any]] = dict(zip(ids, completions, strict=True))
+    shown = _InOrder(ids, args.prompt)
+    for event in generator.run():
+        completion = by_id[event.request_id]
+        completion["text"] += event.text
+        completion["finish_reason"] = event.finish_reason
+        if event.token is not None:
+            completion["tokens"].append(event.token)
+        if not args.json:
+            for piece in shown.pieces(event):
+                print(piece, end="", flush=True)
+    return {"engine": args.engine, **completions[0], "completions": completions}
+
+
+class _InOrder:
+    """Text of several prompts for one terminal: the first that has not ended is shown as it comes, the others wait."""
+
+    def __init__(self, ids: Iterable[int], prompts: Iterable[str]) -> None:
+        self._waiting = {request_id: [prompt] for request_id, prompt in zip(ids, prompts, strict=True)}
+        self._ended: set[int] = set()
+
+    def pieces(self, event: Event) -> Iterator[str]:
+        self._waiting[event.request_id].append(event.text)
+        if event.finish_reason is not None:
+            self._ended.add(event.request_id)
+        while self._waiting:
+            first = next(iter(self._waiting))
+            yield "".join(self._waiting[first])
+            self._waiting[first].clear()
+            if first not in self._ended:
+                return
+            del self._waiting[first]
+            yield "\n\n" if self._waiting else "\n"
+
+
+def _engine(name: str, run_folder: Path, artifact: Path | None) -> Engine:
+    """An engine for a run; what it needs is exported first if it is not there."""
+    from ultramem.graph.weights import load
+    from ultramem.runtime.engine import OnnxEngine, open_engine
+
+    model = load(run_folder)
+    if name in EXPORTS and artifact is None:
+        artifact = run_folder / "exports" / name
+        if not artifact.exists():
+            from ultramem.export import export_model
+
+            print(f"exporting to {artifact}", file=sys.stderr)
+            artifact.parent.mkdir(exist_ok=True)
+            export_model(model, name, artifact)
+    engine = open_engine(name, model, artifact)
+    if isinstance(engine, OnnxEngine):
+        print(f"onnx: {engine.kernels}", file=sys.stderr)
+    return engine
