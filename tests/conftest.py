@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", default="1/1", help="run this part of the tests: 2/3 is the second of three")
+    parser.addoption("--parity-file", help="append each export's parity there, and skip those that it has")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
