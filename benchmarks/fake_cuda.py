@@ -122,7 +122,7 @@ def cuda_code(
 ) -> str:
     """Inductor's Python wrapper for a graph of AOTAutograd, whose fake CPU `inputs` are moved to CUDA."""
     with mode, fake_cuda():
-        inputs = _to_cuda(graph, inputs)
+        inputs = to_cuda(graph, inputs)
         view_to_reshape(graph)
         with V.set_fake_mode(mode):
             post_grad_passes(graph, is_inference)
@@ -145,7 +145,9 @@ def cuda_code(
     return code
 
 
-def _to_cuda(graph: GraphModule, inputs: list[Any]) -> list[Any]:
+def to_cuda(graph: GraphModule, inputs: list[Any]) -> list[Any]:
+    """Move a graph's fake values to CUDA, in place, and return the fake inputs there; inside of `fake_cuda`."""
+
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf

@@ -9,6 +9,8 @@
 //
 //   g++ -std=c++20 -O2 -I TORCH/include examples/aoti_generate.cc -o aoti_generate
 //       -L TORCH/lib -Wl,-rpath,TORCH/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10
+//
+// A package for a GPU (`--device cuda`) needs -ltorch_cuda -lc10_cuda there as well.
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <fcntl.h>
@@ -134,15 +136,19 @@ class Model {
     text << std::ifstream(folder + "/manifest.json").rdbuf();
     const std::string manifest_text = text.str();
     const Json manifest = JsonReader(manifest_text).read();
-    prefill_ = load(folder, "model");
     const Json& options = manifest.at("options");
+    if (options.at("device").text == "cuda") {
+      device_ = at::kCUDA;
+      for (auto& [_, weight] : weights_) weight = weight.to(device_);
+    }
+    prefill_ = load(folder, "model");
     if (options.at("decode").text == "true" && options.at("static").text == "null") decode_ = load(folder, "decode");
     const auto& inputs = manifest.at("inputs").members;
     for (std::size_t i = 3; i < inputs.size(); ++i) {  // after input_ids, attention_mask, position_ids
       std::vector<std::int64_t> shape;
       for (const auto& [_, size] : inputs[i].second.at("shape").members)
         shape.push_back(size.text == "batch" ? 1 : size.text == "past" ? 0 : std::stoll(size.text));
-      state_.push_back(at::zeros(shape, dtype_of(inputs[i].second.at("dtype").text)));
+      state_.push_back(at::zeros(shape, at::device(device_).dtype(dtype_of(inputs[i].second.at("dtype").text))));
     }
   }
 
@@ -153,6 +159,7 @@ class Model {
         at::tensor(tokens, at::kLong).unsqueeze(0),
         at::ones({1, past_ + count}, at::kLong),
         at::arange(past_, past_ + count, at::kLong).unsqueeze(0)};
+    for (auto& input : inputs) input = input.to(device_);
     inputs.insert(inputs.end(), state_.begin(), state_.end());
     auto& graph = count == 1 && decode_ ? *decode_ : *prefill_;
     std::vector<at::Tensor> outputs = graph.run(inputs);
@@ -174,6 +181,7 @@ class Model {
     return graph;
   }
 
+  at::Device device_ = at::kCPU;
   Weights weights_;  // the graphs point into them
   std::unique_ptr<Graph> prefill_, decode_;
   std::vector<at::Tensor> state_;

@@ -31,6 +31,7 @@ from ultramem.export.program import (
 )
 from ultramem.export.weights_file import write_weights
 from ultramem.graph.passes import lower_ops, split_experts
+from ultramem.graph.shared_copy import shared_copy
 from ultramem.graph.transformer import Transformer
 
 FILE = "model.pt2"
@@ -44,6 +45,8 @@ _OTHER_ENTRIES = frozenset(
 
 def write_aoti(model: Transformer, options: ExportOptions, folder: Path) -> tuple[PassRecord, ...]:
     """Write a package of one graph, or with `decode` of two: "model", for any sizes, and "decode", for one token."""
+    if options.device == "cuda":
+        model = shared_copy(model, tensors=lambda tensor: tensor.to("cuda"))
     sizes = {"model": (options.batch, options.static[1] if options.static else None)}
     if options.decode and options.static is None:
         sizes["decode"] = (None, 1)
@@ -83,7 +86,7 @@ def export_aoti(
 
 
 def _lower(program: Program) -> Program:
-    """A program of PyTorch's own operators."""
+    """A program of PyTorch's own operators, and on a GPU of our Triton kernels."""
     with quiet_exporters():
         program = simplify(apply_to_program(program, split_experts))
     # Bodies of ops hold constants of their own, such as the summed core: hence simplify on both sides.
@@ -119,8 +122,10 @@ def _add(weights: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
             raise RuntimeError(f"two graphs of a package have different weights of the name {name}")
 
 
-def load_aoti(folder: Path) -> Run:
-    """The model as a function of its inputs, in order, run by AOTInductor on the CPU.
+def load_aoti(folder: Path, device: str = "cpu") -> Run:
+    """The model as a function of its inputs, in order, run by AOTInductor on the device that it was compiled for.
+
+    Inputs may be anywhere; logits come back on the CPU, the cache stays on the device.
 
     Raises:
         ValueError: the package holds anything but code for AOTInductor.
@@ -130,9 +135,9 @@ def load_aoti(folder: Path) -> Run:
     check_package(folder / FILE)
     graphs = load_pt2(str(folder / FILE)).aoti_runners
     if (folder / WEIGHTS_FILE).exists():
-        weights = require("safetensors.torch", "onnx").load_file(folder / WEIGHTS_FILE)
+        weights = require("safetensors.torch", "onnx").load_file(folder / WEIGHTS_FILE, device=device)
         for graph in graphs.values():
-            # Mapped pages, which the graphs only point to: `run` keeps them alive.
+            # Mapped pages (on a CPU), which the graphs only point to: `run` keeps them alive.
             names = graph.get_constant_fqns()
             if missing := set(names) - set(weights):
                 raise ValueError(f"{folder / WEIGHTS_FILE} does not belong to the package: it lacks {min(missing)}")
@@ -144,7 +149,9 @@ def load_aoti(folder: Path) -> Run:
     def run(inputs: Sequence[Tensor], _kept: Any = weights) -> tuple[Tensor, ...]:
         graph = graphs["decode" if inputs[0].shape[1] == 1 and "decode" in graphs else "model"]
         with torch.inference_mode():
-            return tuple(graph(*(tensor.contiguous() for tensor in inputs)))  # it reads them so, unchecked
+            # It reads them as contiguous, unchecked.
+            logits, *state = graph(*(tensor.to(device).contiguous() for tensor in inputs))
+            return logits.cpu(), *state
 
     return run
 
@@ -171,25 +178,31 @@ def check_package(path: Path) -> None:
 
 
 def _load(folder: Path, config: ModelConfig, options: ExportOptions, plugin: bool | None) -> Run:
-    return load_aoti(folder)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{folder / FILE} is code for a GPU, and there is no CUDA device")
+    return load_aoti(folder, options.device)
 
 
 def _how_to_load(options: ExportOptions, files: frozenset[str]) -> tuple[str, ...]:
-    inputs = "inputs = [...]  # what manifest.json lists as inputs, in order, contiguous; cached keys may have length 0"
+    on_device = "" if options.device == "cpu" else f", on {options.device}"
+    inputs = (
+        f"[...]  # what manifest.json lists as inputs, in order, contiguous{on_device}; cached keys may have length 0"
+    )
     if WEIGHTS_FILE not in files:
         return (
             "import torch",
             'model = torch._inductor.aoti_load_package("model.pt2")',
-            inputs,
+            f"inputs = {inputs}",
             "logits, *present = model(*inputs)",
         )
     graph = "decode" if options.decode and options.static is None else "model"
     return (
         "import torch, safetensors.torch; from torch._inductor.package import load_package",
-        f'model, weights = load_package("model.pt2", "{graph}"), safetensors.torch.load_file("model.safetensors")',
+        f'model, weights = load_package("model.pt2", "{graph}"), '
+        f'safetensors.torch.load_file("model.safetensors", device="{options.device}")',
         "own = {name: weights[name] for name in model.get_constant_fqns()}; "
         "model.load_constants(own, check_full_update=True, user_managed=True)  # own must stay alive",
-        "logits, *present = model(*inputs)  # what manifest.json lists as inputs, in order, contiguous",
+        f"logits, *present = model(*inputs)  # what manifest.json lists as inputs, in order, contiguous{on_device}",
     )
 
 
@@ -199,5 +212,6 @@ BACKEND = Backend(
     write=write_aoti,
     load=_load,
     how_to_load=_how_to_load,
+    devices=("cpu", "cuda"),
     decode_beside=True,
 )

@@ -188,7 +188,7 @@ def _manifest(
         passes=passes,
         parity=measure_parity(model, weights, options, run, seq=seq, bits_per_byte=bits_per_byte),
         how_to_load=backend.how_to_load(options, frozenset(files)),
-        versions=manifest.versions(),
+        versions=manifest.versions(options.device),
         source_commit=manifest.source_commit(),
     )
 

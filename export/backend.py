@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ultramem.config import ModelConfig
@@ -33,6 +34,7 @@ class Backend:
     """Four lines for a user, given the options and the names of the files that were written."""
     dtypes: tuple[str, ...] = tuple(DTYPES)
     tables: tuple[str, ...] = tuple(TABLE_BITS)
+    devices: tuple[str, ...] = ("cpu",)
     lacks: Mapping[str, str] = field(default_factory=dict)
     """Why a type is not there, for those that users ask for."""
     describe: Callable[[Path, ModelConfig, ExportOptions, RunFacts | None], None] | None = None
@@ -53,10 +55,13 @@ class Backend:
         for name, value, accepted in (
             ("dtype", options.dtype, self.dtypes),
             ("table", options.table or "None", ("None", *self.tables)),
+            ("device", options.device, self.devices),
         ):
             if value not in accepted:
                 why = f" ({self.lacks[value]})" if value in self.lacks else ""
                 raise ValueError(f"{name} must be one of {', '.join(accepted)} for {self.name}, got {value!r}{why}")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device must be cpu where there is no CUDA device, got 'cuda'")
         if not self.has_graph and (options.static is not None or options.decode):
             chosen = "decode" if options.static is None else f"static {options.static}"
             raise ValueError(f"static and decode must be left out for {self.name}, which has no graph, got {chosen}")

@@ -138,8 +138,12 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
+def versions(device: str = "cpu") -> dict[str, str]:
+    """Of what an export depends on; for a GPU, its architecture too, since native code is for that alone."""
     found = {"ultramem": ultramem.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        found |= {"cuda": str(torch.version.cuda), "gpu": f"sm_{major}{minor}"}
     for name in ("onnx", "onnxscript", "onnxruntime", "tensorrt", "transformers"):
         try:
             found[name] = metadata.version(name)

@@ -31,6 +31,9 @@ class ExportOptions:
     """A graph of exactly one new token. AOTInductor packages have it beside the general one, the other formats in its
     place."""
 
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What native code is for (AOTInductor): this kind of CPU, or this kind of GPU, with the ops' Triton kernels."""
+
     sizes: str | None = None
     """min:opt:max of the free sizes, "batch=1:4:8,seq=1:128:512,past=0:256:1024", for engines that are built for ranges
     (TensorRT); None: as the model allows."""

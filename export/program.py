@@ -83,20 +83,20 @@ def capture(model: Transformer, *, batch: int | None = None, seq: int | None = N
     """Capture `model` with any number >= 0 of cached tokens, weights shared.
 
     Args:
-        model: in eval mode, on the CPU, its parameters of one dtype.
+        model: in eval mode, its parameters of one dtype, on one device.
         batch: fixed batch; None: any >= 1.
         seq: fixed number of new tokens; None: any >= 1.
 
     Raises:
-        ValueError: the model is in training mode, on another device, or of a dtype that is not exported.
+        ValueError: the model is in training mode, on several devices, or of a dtype that is not exported.
     """
     if model.training:
         raise ValueError("the model must be in eval mode to be exported (call model.eval())")
-    dtype = model.embedding.weight.dtype
+    dtype, device = model.embedding.weight.dtype, model.embedding.weight.device
     for name, parameter in model.named_parameters():
-        if parameter.dtype != dtype or dtype not in DTYPES.values() or parameter.device.type != "cpu":
+        if parameter.dtype != dtype or dtype not in DTYPES.values() or parameter.device != device:
             raise ValueError(
-                f"the model must be on the CPU, in one of {', '.join(DTYPES)}, to be exported, "
+                f"the model must be on one device, in one of {', '.join(DTYPES)}, to be exported, "
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
             )
     batches = {} if batch else {0: Dim("batch", min=1)}
@@ -114,14 +114,14 @@ def capture(model: Transformer, *, batch: int | None = None, seq: int | None = N
 
 
 def example_inputs(model: Transformer, *, batch: int = 2, seq: int = 3, past: int = 5) -> tuple[Tensor, ...]:
-    """Inputs of the right shapes."""
+    """Inputs of the right shapes, on the device of the model."""
+    weight = model.embedding.weight
     state = tuple(
         each.new_zeros(batch, each.shape[1], past, each.shape[3]) if each.ndim == 4 else each
-        for each in (tensor.clone() for tensor in empty_state(model.config, batch, model.embedding.weight.dtype))
+        for each in (tensor.clone() for tensor in empty_state(model.config, batch, weight.dtype))
     )
-    return flat_inputs(
-        torch.zeros(batch, seq, dtype=torch.int64), torch.ones(batch, past + seq, dtype=torch.int64), state
-    )
+    ids, mask = torch.zeros(batch, seq, dtype=torch.int64), torch.ones(batch, past + seq, dtype=torch.int64)
+    return tuple(each.to(weight.device) for each in flat_inputs(ids, mask, state))
 
 
 def records_of(programs: Mapping[str, Program]) -> tuple[PassRecord, ...]:

@@ -18,7 +18,7 @@ _BYTES_AT_ONCE = 1 << 24
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write contiguous CPU tensors, those of wide types first, so that each is aligned to its own size."""
+    """Write tensors of any device, those of wide types first, so that each is aligned to its own size."""
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata is not None else {}
     end = 0
@@ -35,4 +35,4 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered.values():
             for part in tensor.detach().contiguous().flatten().view(torch.uint8).split(_BYTES_AT_ONCE):
-                file.write(part.numpy().data)
+                file.write(part.cpu().numpy().data)

@@ -102,6 +102,7 @@ def _build_parser() -> _Parser:
     sub.add_argument("--static", metavar="B,S", help="fix the batch and the number of new tokens (default: any)")
     sub.add_argument("--sizes", metavar="R", help="batch=1:4:8,seq=...,past=..., min:opt:max (tensorrt)")
     sub.add_argument("--kernels", metavar="K", help="of our nodes: plugin (default) or body (tensorrt)")
+    sub.add_argument("--device", default="cpu", metavar="D", help="of native code: cpu (default) or cuda (aoti)")
     sub.add_argument("--decode", action="store_true", help="a graph of one new token; in AOTInductor beside the other")
 
     sub = command("profile", _profile, "Latency of a run or preset by engine, batch and stage.")
@@ -193,6 +194,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
         table=args.table,
         static=None if args.static is None else parse_static(args.static),
         decode=args.decode,
+        device=args.device,
         sizes=args.sizes,
         kernels=args.kernels,
     )

@@ -19,6 +19,7 @@ from ultramem.export.signature import tensor_specs
         ({"static": (True, 4)}, "static must be"),
         ({"static": [1, 4]}, "static must be"),
         ({"decode": 1}, "decode must be True or False, got 1"),
+        ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
         ({"decode": True, "static": (2, 4)}, r"static must have S = 1 \(one new token\) with decode, got \(2, 4\)"),
     ],
 )
@@ -51,6 +52,18 @@ def test_a_table_is_quantised_only_where_there_is_one(tmp_path):
 def test_models_that_were_rounded_already_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"float32 on the CPU.*embedding\.weight is bfloat16"):
         export_model(build(DENSE).bfloat16(), "aoti", tmp_path / "out")
+
+
+def test_native_code_for_a_gpu_needs_one_and_an_engine_that_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = ExportOptions(device="cuda")
+    for engine, message in (
+        ("aoti", "device must be cpu where there is no CUDA device, got 'cuda'"),
+        ("onnx", "device must be one of cpu for onnx, got 'cuda'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_model(build(DENSE), engine, tmp_path / "out", options=options)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", artifact.BACKENDS)

@@ -1,4 +1,4 @@
-"""Replace the ops of this package by the PyTorch operators that they are made of."""
+"""Replace the ops of this package by the PyTorch operators and Triton kernels that they are made of."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ NAMESPACE = "ultramem"
 
 
 def lower_ops(gm: GraphModule) -> PassResult:
-    """Inline each `ultramem::*` node (its aten path), so that the graph runs where this package is not installed.
+    """Inline each `ultramem::*` node, so that the graph runs where this package is not installed.
+
+    A node on the CPU becomes its aten path; one on a GPU launches the op's Triton kernels, which Inductor compiles.
 
     Args:
         gm: a captured graph whose nodes carry fake values (`meta["val"]`); symbolic sizes stay symbolic.
@@ -36,7 +38,8 @@ def _inline(gm: GraphModule, node: Node) -> None:
         given = iter(values)
         return node.target(*(next(given) if isinstance(arg, Node) else arg for arg in node.args))  # type: ignore[operator]  # an op
 
-    with use_implementation(Implementation.ATEN), fakes[0].fake_mode:
+    implementation = Implementation.TRITON if fakes[0].is_cuda else Implementation.ATEN
+    with use_implementation(implementation), fakes[0].fake_mode:
         # Ops of this package dissolve under functionalisation (ultramem.ops._registration).
         body = make_fx(dispatch_functionalize(call), tracing_mode="real")(*fakes)
     body.graph.eliminate_dead_code()
