@@ -32,10 +32,13 @@ LOWER = """
     with mode, fake_cuda():
         to_cuda(gm, [])
         lower_ops(gm)
-    kernels = [
-        kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).__name__
-        for node in gm.graph.nodes if "triton_kernel_wrapper" in str(node.target)
-    ]
+    kernels = []
+    for node in gm.graph.nodes:
+        if "triton_kernel_wrapper" in str(node.target):
+            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            while not hasattr(kernel, "__name__"):  # heuristics and autotuners are around it
+                kernel = kernel.fn
+            kernels.append(kernel.__name__)
     print(json.dumps([before, kernels, [str(each) for each in ours()]]))
 """
 
@@ -47,7 +50,7 @@ def test_ops_on_a_gpu_become_launches_of_their_triton_kernels():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     before, kernels, left = json.loads(done.stdout.splitlines()[-1])
-    assert before == ["lookup_reduce.default", "permute_addresses.default", "tucker_topk.default"]
+    assert before == ["lookup_reduce.default", "tucker_topk.default"]
     assert left == []
     assert any("lookup" in name for name in kernels)
     assert any("topk" in name or "select" in name for name in kernels)
