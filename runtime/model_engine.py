@@ -125,10 +125,10 @@ class CompiledEngine(_ModelEngine):
             for tensor, axis in ((tokens[1], 1), *((buffer, 2) for buffer in room.buffers)):
                 _mark(tensor, axis)
         del room.writers[column:]
-        logits_B1V, *convs = self._decode_graph(*tokens, column_1, *room.buffers, *convs)
+        logits_B1V, *new_convs = self._decode_graph(*tokens, column_1, *room.buffers, *convs)
         writer = object()
         room.writers.append(writer)
-        return logits_B1V.cpu(), EngineCache(mask_BP, (*room.buffers, *convs), cache.hidden, room, writer)
+        return logits_B1V.cpu(), EngineCache(mask_BP, (*room.buffers, *new_convs), cache.hidden, room, writer)
 
     def _with_room(self, cache: EngineCache) -> EngineCache:
         """The same tokens, with room for up to `GROWTH` more."""

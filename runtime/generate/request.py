@@ -42,7 +42,7 @@ class Request:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must fit 64 bits, got {self.seed}")
-        if isinstance(self.stop, str) or "" in self.stop:
+        if not isinstance(self.stop, tuple) or "" in self.stop:
             raise ValueError(f"stop must be texts of at least one character, got {self.stop!r}")
 
     @property
