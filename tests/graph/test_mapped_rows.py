@@ -2,9 +2,11 @@
 
 import mmap
 import os
+import re
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +92,22 @@ def test_asking_brings_rows_into_memory(tmp_path):
         assert in_memory(4000)
         assert not in_memory(2000)
         assert rows_ND[4000, 0] == 4000 * width
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the advice is Linux's")
+def test_nothing_is_read_beside_a_row(run):
+    """ "rr": the kernel was told of random reads."""
+    model, flags = ultramem.load(run, mmap=True), {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(each, 16) for each in found.groups())
+        elif line.startswith("VmFlags:"):
+            flags[begin, end] = line.split()
+
+    def flags_of(tensor):
+        middle = tensor.data_ptr() + tensor.nbytes // 2
+        return next(found for (begin, end), found in flags.items() if begin <= middle < end)
+
+    table = model.table if model.table is not None else model.memories[0].table
+    assert "rr" in flags_of(table.values_NV)
+    assert "rr" not in flags_of(model.embedding.weight)

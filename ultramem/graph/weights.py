@@ -14,6 +14,7 @@ from ultramem.config import FORMAT_VERSION, ModelConfig, from_dict, to_dict
 from ultramem.graph.mapped_weights import map_weights
 from ultramem.graph.transformer import Transformer, build_model
 from ultramem.graph.value_table import ValueTable
+from ultramem.ops import expect_single_rows
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -120,6 +121,9 @@ def load(
     for module in model.modules():
         if isinstance(module, ValueTable):
             module.is_mapped = mmap
+            if mmap:
+                for rows_ND in module.parameters():
+                    expect_single_rows(rows_ND)
     return (model if dtype is None else model.to(dtype)).eval()
 
 
