@@ -89,7 +89,8 @@ class CoarseSelect(Select):
         # In ascending order, so that of equal scores the lower address stays the one that is kept.
         candidates_2THS = (cells_THS // n).sort(-1).values.view(*coarse_2THN.shape[:-1], s)
         rows_THRS, cols_THRS = self._scores_by_rank(candidates_2THS, query).unbind(0)
-        scores_THMC, cells_THM = ops.tucker_topk(rows_THRS, cols_THRS, self.cores_HCRR, *self.singular_pair_2HR, s)
+        u_HR, t_HR = self.singular_pair_2HR.unbind(0)
+        scores_THMC, cells_THM = ops.tucker_topk(rows_THRS, cols_THRS, self.cores_HCRR, u_HR, t_HR, s)
         row_THM = candidates_2THS[0].gather(-1, cells_THM // s)
         col_THM = candidates_2THS[1].gather(-1, cells_THM % s)
         return ops.TopK(scores_THMC[:, :, : self.top_m], (row_THM * n + col_THM)[:, :, : self.top_m])  # best first

@@ -44,7 +44,7 @@ class ProjectedOutput(nn.Module):
         self.block_bias_ED = project.block_bias_ED
 
     def forward(self, pooled: Pooled, hidden_TD: Tensor) -> Tensor:
-        output_TD = pooled.rows_TEV.flatten(1).unflatten(1, (self.num_cores, -1)).sum(1)
+        output_TD: Tensor = pooled.rows_TEV.flatten(1).unflatten(1, (self.num_cores, -1)).sum(1)
         if self.block_bias_ED is None:
             return output_TD
         assert pooled.score_sums_TE is not None

@@ -18,7 +18,7 @@ from torch import Tensor
 def _madvise() -> Callable[[int, int, int], int]:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise  # type: ignore[no-any-return]  # ctypes is untyped
+    return madvise
 
 
 def ask_for_rows(rows_ND: Tensor, index: Tensor) -> None:
