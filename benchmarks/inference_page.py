@@ -19,8 +19,8 @@ def render(mapped: dict[str, Any], passes: dict[str, Any], rounded: dict[str, An
     parts = [
         "# What is done for inference, measured",
         "<!-- python -m benchmarks.inference_page writes this page from benchmarks/results; edit the program -->",
-        "Times are medians in microseconds, with the quartiles in brackets: of the mapped table on the clock, of all else"
-        " on the processor, of one thread.",
+        "Times are medians in microseconds, with the quartiles in brackets: of the mapped table on the clock, of all"
+        " else on the processor, of one thread.",
         *_passes(passes),
         *_mapped(mapped),
         *_rounded(rounded),

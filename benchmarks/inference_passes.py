@@ -3,9 +3,9 @@
     python -m benchmarks.inference_passes [--out benchmarks/results/inference_passes.json]
 
 "graph": the passes of an export, one after the other, on ultramem-tiny's decode step; its graph runs operator by
-operator, as captured. "coarse_keys": the score and select stages at the paper's three sizes, with the keys of every
-rank and with coarse ones. "values": the lookup and expand stages of a layer that has no virtual blocks and rows of the
-model's width, with a projector and with projected rows.
+operator, as captured. "coarse_keys": the score and select stages at the paper's three sizes and a tiny one, with the
+keys of every rank and with coarse ones. "values": the lookup and expand stages of a layer that has no
+virtual blocks and rows of the model's width, with a projector and with projected rows.
 
 Float32, one thread, whose time on the processor is what counts: other work on the machine takes none of it. Caches are
 emptied before each call. Contenders take turns; medians with quartiles. Every result is within 4 times the error that
@@ -48,7 +48,7 @@ from ultramem.graph.passes import fold_constants, remove_no_ops
 from ultramem.graph.weights import write_atomically
 
 NAME = "inference_passes"
-SIZES = ("ultramem-151m-x12", "ultramem-680m-x12", "ultramem-1.6b-x12")
+SIZES = ("ultramem-tiny", "ultramem-151m-x12", "ultramem-680m-x12", "ultramem-1.6b-x12")
 TOKENS = (1, 4, 16, 64, 256)
 ROUNDS = 15
 FACTOR = 4

@@ -7,9 +7,10 @@ import torch
 from exported import CONFIG, MEMORY, build
 
 from ultramem import ops
-from ultramem.graph import UltraMemLayer, fold_for_inference
+from ultramem.graph import UltraMemLayer, coarse_keys, fold_for_inference
 from ultramem.graph.coarse_keys import CoarseScore, CoarseSelect, has_coarse_keys
 from ultramem.graph.fold_for_inference import FoldedScore
+from ultramem.runtime.engine import open_engine
 
 LAYERS = {
     "ultramem": MEMORY,
@@ -138,3 +139,22 @@ def test_it_compiles_in_one_graph_and_exports(device):
     exported = torch.export.export(layer, (hidden,), dynamic_shapes=({0: batch},)).module()
     hidden = torch.randn(7, 3, MEMORY.hidden_size, device=device)
     torch.testing.assert_close(exported(hidden), layer(hidden), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_engines_have_them_where_keys_are_large(monkeypatch):
+    model, tokens = build(CONFIG), torch.arange(22).view(2, 11) % 64
+    expected = open_engine("eager", model, None)
+    assert isinstance(expected.model.model.memories[0].score, FoldedScore)
+    monkeypatch.setattr(coarse_keys, "LARGE_KEYS_BYTES", 4 * model.memories[0].score.keys_H2RNK.numel())
+    engine = open_engine("eager", model, None)
+    assert isinstance(engine.model.model.memories[0].score, CoarseScore)
+    (logits, cache), (expected_logits, expected_cache) = engine.prefill(tokens), expected.prefill(tokens)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
+    for token in (5, 9):
+        ids = torch.tensor([[token], [token + 1]])
+        (logits, cache), (expected_logits, expected_cache) = (
+            engine.decode(ids, cache),
+            expected.decode(ids, expected_cache),
+        )
+        torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)

@@ -18,6 +18,9 @@ from ultramem.config import MemoryConfig
 from ultramem.graph.memory_layer import Select
 from ultramem.ops._registration import accumulation_dtype
 
+LARGE_KEYS_BYTES = 1 << 24
+"""Less fits a cache, and is read in the time of a few operators (docs/inference.md)."""
+
 
 def has_coarse_keys(config: MemoryConfig) -> bool:
     """Whether a layer's selection can read coarse keys and be the same.
@@ -26,6 +29,11 @@ def has_coarse_keys(config: MemoryConfig) -> bool:
     saved; and two tails take their candidates from both ends.
     """
     return config.rank > 1 and config.rank_layout == "full" and config.candidates == "one_tailed"
+
+
+def are_quicker_coarse(keys_2HRNK: Tensor) -> bool:
+    """Whether decoding gains by coarse keys: where reading the keys is what scores cost. Measured on CPUs alone."""
+    return keys_2HRNK.is_cpu and keys_2HRNK.nbytes >= LARGE_KEYS_BYTES
 
 
 class CoarseScore(nn.Module):
