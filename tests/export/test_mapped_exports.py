@@ -15,10 +15,9 @@ from ultramem.graph.quantized_table import quantize_tables
 LARGE = replace(CONFIG, memory=replace(MEMORY, knum=64, value_dim=512))  # 8 MB of float32 rows
 
 
-@pytest.fixture(scope="module", params=[None, 8, 4], ids=["float32", "int8", "int4"])
+@pytest.fixture(params=[None, 8, 4], ids=["float32", "int8", "int4"])
 def model(request):
-    model = build(LARGE)
-    return model if request.param is None else quantize_tables(model, request.param)
+    return build(LARGE) if request.param is None else quantize_tables(build(LARGE), request.param)
 
 
 def table_bytes(model):
@@ -32,7 +31,8 @@ def assert_it_computes_what_eager_does(run, model):
         torch.testing.assert_close(run(inputs)[0], FlatModel(model)(*inputs)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_aot_inductor_maps_its_weights_for_reading(model, tmp_path):
+def test_aot_inductor_maps_its_weights_for_reading(tmp_path):
+    model = quantize_tables(build(LARGE), 8)
     export_aoti({"model": capture(model)}, tmp_path, external_bytes=0)
     run = load_aoti(tmp_path)
     assert permissions(tmp_path / WEIGHTS_FILE) == {"r--s"}
