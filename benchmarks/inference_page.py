@@ -100,7 +100,8 @@ def _rounded(document: dict[str, Any]) -> list[str]:
         "## Rounded rows",
         f"`{document['preset']}` after {document['steps']} steps of {document['batch_size']} x "
         f"{document['sequence_length']} on `{document['data']}`, seed {document['seed']}: bits per byte over all"
-        f" {text_bytes:,} bytes of held-out text, its rows rounded after training. Bytes include the scales.",
+        f" {text_bytes:,} bytes of held-out text, its rows rounded after training. Bytes include the scales; tables of"
+        " zeros say what the tables do at all.",
         _table(["rows", "bits per byte", "cost", "bytes of tables"], rows),
         _made_by("rounded_rows", document),
     ]

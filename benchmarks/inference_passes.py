@@ -43,7 +43,6 @@ from ultramem.export.program import (
     weights,
 )
 from ultramem.graph import fold_for_inference
-from ultramem.graph.memory_layer import Chosen
 from ultramem.graph.passes import fold_constants, remove_no_ops
 from ultramem.graph.weights import write_atomically
 
@@ -138,6 +137,13 @@ def nodes(stages: nn.Module, query: Tensor) -> int:
     return len(torch.export.export(stages, (query,)).graph.nodes)
 
 
+def read(layer: UltraMemLayer, scores_THMC: Tensor, addresses_THM: Tensor, hidden_TD: Tensor) -> Tensor:
+    """The lookup and expand stages of a layer with a table of its own."""
+    assert layer.table is not None
+    output_TD: Tensor = layer.expand(layer.lookup(scores_THMC, addresses_THM, hidden_TD, layer.table), hidden_TD)
+    return output_TD
+
+
 def measure_values() -> list[dict[str, Any]]:
     preset = ultramem.preset("ultramem-151m-x12").memory
     assert preset is not None
@@ -149,12 +155,14 @@ def measure_values() -> list[dict[str, Any]]:
     records = []
     for tokens in TOKENS:
         hidden_BSD = torch.randn(1, tokens, config.hidden_size)
-        chosen = layer.choose(hidden_BSD)
-        exact = exact_layer.read(Chosen(chosen.scores_THMC.double(), chosen.addresses_THM, hidden_BSD.double()))
-        require_near(folded.read(chosen), layer.read(chosen), exact, f"values, {tokens} tokens")
+        hidden_TD = hidden_BSD.flatten(0, 1)
+        kept = layer.select(*layer.score(layer.query(hidden_BSD)))
+        exact = read(exact_layer, kept.scores.double(), kept.addresses, hidden_TD.double())
+        found = [read(each, *kept, hidden_TD) for each in (folded, layer)]
+        require_near(*found, exact, f"values, {tokens} tokens")
         calls: dict[str, Call] = {
-            "projector": lambda c=chosen: layer.read(c),
-            "projected_rows": lambda c=chosen: folded.read(c),
+            "projector": lambda k=kept, h=hidden_TD: read(layer, *k, h),
+            "projected_rows": lambda k=kept, h=hidden_TD: read(folded, *k, h),
         }
         projector_bytes = layer.expand.weight.nbytes
         records.append({"tokens": tokens, "projector_bytes": projector_bytes, **times(calls)})

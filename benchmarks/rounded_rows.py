@@ -3,18 +3,19 @@
     python -m benchmarks.rounded_rows RUN --preset PRESET [--out benchmarks/results/rounded_rows.json]
 
 The same model with its tables as they were trained, in bfloat16, and as int8 and int4 rows with a scale each; all else
-stays float32. The last line is one JSON object.
+stays float32. Tables of zeros say what the tables do for the model at all. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ultramem
 from benchmarks.selection_recall import provenance
@@ -31,8 +32,8 @@ from ultramem.runtime.tokenizer import load_tokenizer
 NAME = "rounded_rows"
 
 
-def bfloat16_tables(model: Transformer) -> Transformer:
-    """A model whose tables are rounded to bfloat16, and all else is shared."""
+def with_tables(model: Transformer, convert: Callable[[Tensor], Tensor]) -> Transformer:
+    """A model whose tables are converted, and all else is shared."""
 
     def rounded(module: nn.Module) -> nn.Module | None:
         if not isinstance(module, ValueTable):
@@ -40,7 +41,7 @@ def bfloat16_tables(model: Transformer) -> Transformer:
         with torch.device("meta"):
             made = ValueTable(memory)
         for name, rows in module.named_parameters():
-            made.register_parameter(name, nn.Parameter(rows.detach().bfloat16(), requires_grad=False))
+            made.register_parameter(name, nn.Parameter(convert(rows.detach()), requires_grad=False))
         return made.eval()
 
     memory = model.config.memory
@@ -66,9 +67,10 @@ def measure(run: Path) -> dict[str, Any]:
     text = load_corpus(document["data"]["name"], tokenizer=tokenizer).held_out
     models = {
         "float32": model,
-        "bfloat16": bfloat16_tables(model),
+        "bfloat16": with_tables(model, Tensor.bfloat16),
         "int8": quantize_tables(model, 8),
         "int4": quantize_tables(model, 4),
+        "zeros": with_tables(model, torch.zeros_like),
     }
     rows: dict[str, Any] = {}
     for name, each in models.items():

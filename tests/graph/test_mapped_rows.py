@@ -1,4 +1,4 @@
-"""Rows of a mapped table are asked for before the layers that a memory skips, and read after them."""
+"""Rows of a mapped table are asked for, all at once, before they are read."""
 
 import mmap
 import os
@@ -45,10 +45,10 @@ def events_of(model, monkeypatch):
     return events, asked, logits
 
 
-def test_rows_are_asked_for_while_the_skipped_layers_run(run, monkeypatch):
+def test_rows_are_asked_for_before_they_are_read(run, monkeypatch):
     events, _, _ = events_of(ultramem.load(run, mmap=True), monkeypatch)
     assert events[0] == "ask"
-    assert [event for event in events if event != "ask"] == ["mlp 1", "mlp 2", "lookup"]
+    assert [event for event in events if event != "ask"] == ["lookup", "mlp 1", "mlp 2"]
     events, _, _ = events_of(ultramem.load(run), monkeypatch)
     assert events == ["lookup", "mlp 1", "mlp 2"]
 

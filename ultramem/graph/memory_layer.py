@@ -9,8 +9,6 @@ lookup K is the number of slots, H*M.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F  # noqa: N812  # the name that everybody uses
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ from ultramem import ops
 from ultramem.config import MemoryConfig
 from ultramem.graph.memory_output import Pooled, make_output
 from ultramem.graph.singular import leading_singular_pair, singular_values
-from ultramem.graph.value_table import ValueTable, reads_ahead
+from ultramem.graph.value_table import ValueTable, asks_for_rows
 
 
 def _norm(config: MemoryConfig) -> nn.Module:
@@ -190,14 +188,6 @@ class Lookup(nn.Module):
         return (member_TEK * scores_TKC.sum(-1).unsqueeze(1)).sum(-1)
 
 
-class Chosen(NamedTuple):
-    """The slots that a layer will read: scores and logical addresses, and its input."""
-
-    scores_THMC: Tensor
-    addresses_THM: Tensor
-    hidden_BSD: Tensor
-
-
 class UltraMemLayer(nn.Module):
     """One memory layer, [B,S,D] -> [B,S,D], for anybody's model; initialised and trainable as it stands.
 
@@ -230,29 +220,16 @@ class UltraMemLayer(nn.Module):
     def forward(
         self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None = None, *, table: ValueTable | None = None
     ) -> Tensor:
-        return self.read(self.choose(hidden_BSD, past_conv_BDW, table=table), table=table)
-
-    def choose(
-        self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None = None, *, table: ValueTable | None = None
-    ) -> Chosen:
-        """The first half of a forward: the slots that will be read, whose rows a mapped table is asked for.
-
-        `read` may follow once other layers have run.
-        """
-        row_scores, col_scores = self.score(self.query(hidden_BSD, past_conv_BDW))
-        scores, addresses = self.select(row_scores, col_scores)
-        table = self.table if table is None else table
-        if reads_ahead(table):
-            table.ask_for(self.lookup.virtual_indices(addresses.flatten(1)))
-        return Chosen(scores, addresses, hidden_BSD)
-
-    def read(self, chosen: Chosen, *, table: ValueTable | None = None) -> Tensor:
-        """The second half: the output [B,S,D]."""
         table = self.table if table is None else table
         assert table is not None, "a layer without a table of its own is given one"
-        hidden_TD = chosen.hidden_BSD.flatten(0, 1)
-        pooled = self.lookup(chosen.scores_THMC, chosen.addresses_THM, hidden_TD, table)
-        output_BSD: Tensor = self.expand(pooled, hidden_TD).view(chosen.hidden_BSD.shape)
+        query = self.query(hidden_BSD, past_conv_BDW)
+        row_scores, col_scores = self.score(query)
+        scores, addresses = self.select(row_scores, col_scores)
+        if asks_for_rows(table):
+            table.ask_for(self.lookup.virtual_indices(addresses.flatten(1)))
+        hidden_TD = hidden_BSD.flatten(0, 1)
+        pooled = self.lookup(scores, addresses, hidden_TD, table)
+        output_BSD: Tensor = self.expand(pooled, hidden_TD).view(hidden_BSD.shape)
         return output_BSD
 
     def next_conv(self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None = None) -> Tensor:

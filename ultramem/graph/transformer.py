@@ -6,8 +6,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +16,7 @@ from ultramem.config import ModelConfig
 from ultramem.graph.init import init_linear, init_table
 from ultramem.graph.memory_layer import UltraMemLayer
 from ultramem.graph.moe import MoE, MoEOutput
-from ultramem.graph.value_table import ValueTable, reads_ahead
+from ultramem.graph.value_table import ValueTable
 
 
 class Cache(NamedTuple):
@@ -189,7 +187,7 @@ class Transformer(nn.Module):
 
         hidden_BSD = self.dropout(self.embedding(input_ids_BS))
         keys, values, convs, aux_losses = [], [], [], []
-        waiting: dict[int, list[Tensor | Callable[[], Tensor]]] = {}
+        waiting: dict[int, list[Tensor]] = {}
         insertions = self.config.parsed_insertions
         for number, block in enumerate(self.blocks, start=1):
             assert isinstance(block, Block)
@@ -207,13 +205,7 @@ class Transformer(nn.Module):
                     past_conv = cache.convs[index] if cache is not None and has_conv else None
                     memory = self.memories[index]
                     assert isinstance(memory, UltraMemLayer)
-                    if reads_ahead(memory.table if self.table is None else self.table):
-                        # The rows come from their file while the skipped layers run.
-                        chosen = memory.choose(memory_input, past_conv, table=self.table)
-                        waiting.setdefault(target, []).append(partial(memory.read, chosen, table=self.table))
-                    else:
-                        output_BSD = memory(memory_input, past_conv, table=self.table)
-                        waiting.setdefault(target, []).append(output_BSD)
+                    waiting.setdefault(target, []).append(memory(memory_input, past_conv, table=self.table))
                     if has_conv:
                         convs.append(memory.next_conv(memory_input, past_conv))
             if block.mlp is not None:
@@ -222,8 +214,7 @@ class Transformer(nn.Module):
                     aux_losses.append(output.balance_loss)
                     output = output.hidden_BSD
                 hidden_BSD = hidden_BSD + self.dropout(output)
-            for output_or_read in waiting.pop(number, ()):
-                memory_output_BSD = output_or_read if isinstance(output_or_read, Tensor) else output_or_read()
+            for memory_output_BSD in waiting.pop(number, ()):
                 hidden_BSD = hidden_BSD + self.dropout(memory_output_BSD)
         logits_BSV = self.head(self.norm(hidden_BSD))
         aux_loss = logits_BSV.new_zeros((), dtype=torch.float32)

@@ -96,7 +96,7 @@ class ValueTable(nn.Module):
         return product_TK.to(query_TP.dtype)
 
     def ask_for(self, indices_TK: Tensor) -> None:
-        """Have the system read the rows of virtual indices from their file, while other layers run."""
+        """Have the system read the rows of virtual indices from their file, all at once."""
         rows = indices_TK % self.values_NV.shape[0]
         ops.ask_for_rows(self.values_NV, rows)
         if self.experts_NP is not None:
@@ -112,6 +112,6 @@ class ValueTable(nn.Module):
         return self.experts_NP[rows_R]
 
 
-def reads_ahead(table: nn.Module | None) -> TypeGuard[ValueTable]:
+def asks_for_rows(table: nn.Module | None) -> TypeGuard[ValueTable]:
     """Whether rows are asked for before they are read: those of a mapped table, where no compiler is tracing."""
     return isinstance(table, ValueTable) and table.is_mapped and not torch.compiler.is_compiling()
