@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ultramem.config import ModelConfig
 from ultramem.export.backend import Backend, Run
-from ultramem.export.extras import quiet_exporters, require
+from ultramem.export.extras import quiet_exporters
 from ultramem.export.options import ExportOptions
 from ultramem.export.program import (
     PassRecord,
@@ -30,6 +30,7 @@ from ultramem.export.program import (
     simplify,
 )
 from ultramem.export.weights_file import write_weights
+from ultramem.graph.mapped_weights import map_weights
 from ultramem.graph.passes import lower_ops, split_experts
 from ultramem.graph.shared_copy import shared_copy
 from ultramem.graph.transformer import Transformer
@@ -135,7 +136,9 @@ def load_aoti(folder: Path, device: str = "cpu") -> Run:
     check_package(folder / FILE)
     graphs = load_pt2(str(folder / FILE)).aoti_runners
     if (folder / WEIGHTS_FILE).exists():
-        weights = require("safetensors.torch", "onnx").load_file(folder / WEIGHTS_FILE, device=device)
+        weights = map_weights(folder / WEIGHTS_FILE)
+        if device != "cpu":
+            weights = {name: tensor.to(device) for name, tensor in weights.items()}
         for graph in graphs.values():
             # Mapped pages (on a CPU), which the graphs only point to: `run` keeps them alive.
             names = graph.get_constant_fqns()

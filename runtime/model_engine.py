@@ -31,7 +31,7 @@ class _ModelEngine(Engine):
         super().__init__(model.config)
         if model.training:
             raise ValueError("the model must be in eval mode to be run by an engine (call model.eval())")
-        self.model = FlatModel(fold_for_inference(model))
+        self.model = FlatModel(fold_for_inference(model, coarse_keys=None))
         self.weight = model.embedding.weight
 
     @property

@@ -59,6 +59,9 @@ def test_train_eval_generate(run, capsys):
     assert main(["generate", str(run), "--prompt", "She", "--max-new-tokens", "5", "--json"]) == 0
     generated = last_json(capsys)
     assert len(generated["tokens"]) <= 5
+    words = ["generate", str(run), "--prompt", "She", "--max-new-tokens", "5", "--json", "--mmap"]
+    assert main(words) == 0
+    assert last_json(capsys)["tokens"] == generated["tokens"]
     assert main(["generate", str(run), "--prompt", "She", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("She" + generated["text"])
 
@@ -250,6 +253,7 @@ def test_a_corrupt_checkpoint_is_one_line(run, text, tmp_path, capsys):
         (["export", "RUN", "--to", "onnx", "--out", "x", "--static", "4"], "static must be B,S, two numbers"),
         (["export", "RUN", "--to", "onnx", "--out", "x", "--static", "1,4", "--decode"], "static must have S = 1"),
         (["profile", "nowhere", "--out", "x"], "target must be a run folder or one of dense-151m"),
+        (["profile", "ultramem-tiny", "--mmap", "--out", "x"], "mmap maps the weights of a run folder"),
         (["profile", "RUN", "--engine", "eager,warp", "--out", "x"], "engine must be of eager, compile, onnx, aoti"),
         (["profile", "RUN", "--batch", "1,zero", "--out", "x"], "batch must be numbers of at least 1"),
     ],

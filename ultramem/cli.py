@@ -110,6 +110,7 @@ def _build_parser() -> _Parser:
     sub.add_argument("--engine", default="eager", metavar="E[,E...]", help=f"of {', '.join(ENGINES)} (default: eager)")
     sub.add_argument("--batch", default="1,8", metavar="B[,B...]", help="(default: 1,8)")
     sub.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="length of the prefill (default: 128)")
+    sub.add_argument("--mmap", action="store_true", help="map the weights of a RUN from their file")
     sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for profile.json and report.html")
 
     help_text = "Download text, or tokenise it once into shards."
@@ -246,7 +247,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
     from ultramem.runtime.profile import print_profile, profile, to_json
     from ultramem.runtime.report import render_profile, write_report
 
-    model, exports = _model_to_profile(args.target, args.out)
+    model, exports = _model_to_profile(args.target, args.out, mmap=args.mmap)
     if args.out.exists() and not args.out.is_dir():
         raise FileExistsError(f"out: {args.out} exists and is not a folder")
     measured = profile(
@@ -268,15 +269,17 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
-def _model_to_profile(target: str, out: Path) -> tuple[Transformer, Path]:
+def _model_to_profile(target: str, out: Path, *, mmap: bool = False) -> tuple[Transformer, Path]:
     """The model of a run folder, or a preset's with fresh weights; and where its exported engines belong."""
     from ultramem.graph.transformer import build_model
     from ultramem.graph.weights import load
     from ultramem.presets import preset, presets
 
     if Path(target).is_dir():
-        return load(target), Path(target) / "exports"
+        return load(target, mmap=mmap), Path(target) / "exports"
     if target in presets():
+        if mmap:
+            raise ValueError(f"mmap maps the weights of a run folder: the preset {target!r} has no file of them")
         return build_model(preset(target)).eval(), out / "exports"
     raise FileNotFoundError(f"target must be a run folder or one of {', '.join(presets())}, got {target!r}")
 

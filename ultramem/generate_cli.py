@@ -32,6 +32,7 @@ def add_generate_command(command: Callable[[str, Any, str], argparse.ArgumentPar
         "--max-cache-bytes", type=int, metavar="N", help="of keys and values of those (default: as memory lasts)"
     )
     sub.add_argument("--engine", default="eager", choices=ENGINES, help="(default: eager)")
+    sub.add_argument("--mmap", action="store_true", help="map the weights from their file instead of reading them")
     sub.add_argument("--artifact", type=Path, metavar="DIR", help="export folder (default: RUN/exports/ENGINE)")
 
 
@@ -56,7 +57,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     for request in requests:  # an engine may have to be exported or compiled: not for what is refused then
         check_request(request, config)
     generator = Generator(
-        _engine(args.engine, args.run_folder, args.artifact),
+        _engine(args.engine, args.run_folder, args.artifact, mmap=args.mmap),
         tokenizer=tokenizer,
         max_batch=args.max_batch,
         max_cache_bytes=args.max_cache_bytes,
@@ -98,12 +99,12 @@ class _InOrder:
             yield "\n\n" if self._waiting else "\n"
 
 
-def _engine(name: str, run_folder: Path, artifact: Path | None) -> Engine:
+def _engine(name: str, run_folder: Path, artifact: Path | None, *, mmap: bool = False) -> Engine:
     """An engine for a run; what it needs is exported first if it is not there."""
     from ultramem.graph.weights import load
     from ultramem.runtime.engine import OnnxEngine, open_engine
 
-    model = load(run_folder)
+    model = load(run_folder, mmap=mmap)
     if name in EXPORTS and artifact is None:
         artifact = run_folder / "exports" / name
         if not artifact.exists():

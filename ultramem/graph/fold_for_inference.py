@@ -8,8 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ultramem.graph.memory_layer import Score, Select
+from ultramem.graph.coarse_keys import are_quicker_coarse, fold_coarse_keys, has_coarse_keys
+from ultramem.graph.fold_values import fold_values, has_foldable_values
+from ultramem.graph.memory_layer import Score, Select, UltraMemLayer
 from ultramem.graph.shared_copy import Model, shared_copy
+from ultramem.graph.value_table import ValueTable
 
 
 class FoldedScore(nn.Module):
@@ -35,11 +38,16 @@ class FoldedScore(nn.Module):
         return row_scores_THRN, col_scores_THRN
 
 
-def fold_for_inference(model: Model) -> Model:
+def fold_for_inference(model: Model, *, coarse_keys: bool | None = False, values: bool = False) -> Model:
     """A model that computes what `model` does, with normalised keys and the cores' singular vectors as constants.
 
     Args:
         model: a `Transformer` or an `UltraMemLayer` in eval mode; stays as it is. All else is shared with it.
+        coarse_keys: where it can be (see `ultramem.graph.coarse_keys`), candidates are chosen by keys that are summed
+            over the ranks, and only theirs are scored rank by rank: about half the bytes of the keys for a token, half
+            as many bytes again in memory, and a few small operators more. None: in layers for which that is quicker.
+        values: where the table does not grow by it (see `ultramem.graph.fold_values`), rows are projected to the
+            model's width once. This takes a table of its own.
 
     Returns:
         The model for inference. Training `model` on does not change its keys and singular vectors, and its state dict
@@ -55,4 +63,12 @@ def fold_for_inference(model: Model) -> Model:
         for module in folded.modules():
             if isinstance(module, Select):
                 module.fold_singular_pair()
+        for layer in [module for module in folded.modules() if isinstance(module, UltraMemLayer)]:
+            if coarse_keys is not False and has_coarse_keys(layer.config):
+                # Where ranks share a query, folded keys lie as [2,H,R,N,K].
+                keys_2HRNK = layer.get_buffer("score.keys")
+                if coarse_keys or are_quicker_coarse(keys_2HRNK):
+                    fold_coarse_keys(layer, layer.config, keys_2HRNK)
+            if values and has_foldable_values(layer.config) and isinstance(layer.table, ValueTable):
+                fold_values(layer, layer.config)
     return folded

@@ -17,7 +17,7 @@ from ultramem import ops
 from ultramem.config import MemoryConfig
 from ultramem.graph.memory_output import Pooled, make_output
 from ultramem.graph.singular import leading_singular_pair, singular_values
-from ultramem.graph.value_table import ValueTable
+from ultramem.graph.value_table import ValueTable, asks_for_rows
 
 
 def _norm(config: MemoryConfig) -> nn.Module:
@@ -225,6 +225,8 @@ class UltraMemLayer(nn.Module):
         query = self.query(hidden_BSD, past_conv_BDW)
         row_scores, col_scores = self.score(query)
         scores, addresses = self.select(row_scores, col_scores)
+        if asks_for_rows(table):
+            table.ask_for(self.lookup.virtual_indices(addresses.flatten(1)))
         hidden_TD = hidden_BSD.flatten(0, 1)
         pooled = self.lookup(scores, addresses, hidden_TD, table)
         output_BSD: Tensor = self.expand(pooled, hidden_TD).view(hidden_BSD.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ class ValueTable(nn.Module):
         lazy_experts: the same of the input rows.
         row_use_N: how often each row was read in training since it was last set to zero, int64; None unless
             `count_row_use` was called. Not part of the state dict.
+        is_mapped: the rows are pages of a file, which a layer asks for as soon as it knows which it will read.
     """
 
     experts_NP: nn.Parameter | None
@@ -43,6 +46,7 @@ class ValueTable(nn.Module):
         self.sparse_grad = False
         self.lazy_rows: ops.LazyRows | None = None
         self.lazy_experts: ops.LazyRows | None = None
+        self.is_mapped = False
         self.register_buffer("row_use_N", None, persistent=False)
 
     def count_row_use(self) -> None:
@@ -91,6 +95,13 @@ class ValueTable(nn.Module):
             product_TK = ops.lookup_dot(self.experts_NP, indices_TK, query, sparse_grad=self.sparse_grad)
         return product_TK.to(query_TP.dtype)
 
+    def ask_for(self, indices_TK: Tensor) -> None:
+        """Have the system read the rows of virtual indices from their file, all at once."""
+        rows = indices_TK % self.values_NV.shape[0]
+        ops.ask_for_rows(self.values_NV, rows)
+        if self.experts_NP is not None:
+            ops.ask_for_rows(self.experts_NP, rows)
+
     def gather(self, rows_R: Tensor) -> Tensor:
         """Value rows [R,V]."""
         return self.values_NV[rows_R]
@@ -99,3 +110,8 @@ class ValueTable(nn.Module):
         """Input rows [R,P]."""
         assert self.experts_NP is not None
         return self.experts_NP[rows_R]
+
+
+def asks_for_rows(table: nn.Module | None) -> TypeGuard[ValueTable]:
+    """Whether rows are asked for before they are read: those of a mapped table, where no compiler is tracing."""
+    return isinstance(table, ValueTable) and table.is_mapped and not torch.compiler.is_compiling()

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ultramem.config import FORMAT_VERSION, ModelConfig, from_dict, to_dict
+from ultramem.graph.mapped_weights import map_weights
 from ultramem.graph.transformer import Transformer, build_model
+from ultramem.graph.value_table import ValueTable
+from ultramem.ops import expect_single_rows
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -72,7 +75,11 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 
 
 def load(
-    run_or_folder: str | os.PathLike[str], *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    run_or_folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    mmap: bool = False,
 ) -> Transformer:
     """The trained model of a run, in eval mode.
 
@@ -80,23 +87,23 @@ def load(
         run_or_folder: a folder with config.json and model.safetensors.
         device: where to; None: the CPU.
         dtype: of the weights; None: as saved.
+        mmap: weights are pages of model.safetensors that are read when they are first touched, shared with other
+            processes and never copied, so that a table may be larger than the memory that the process may have. Such
+            a model is for inference: its weights take no gradients, and writing into one ends the process.
 
     Raises:
         FileNotFoundError: the folder, its config or its weights are missing.
-        ValueError: the config or the weights are damaged or do not belong together.
+        ValueError: the config or the weights are damaged or do not belong together, or mapped weights are asked for on
+            another device or in another dtype than they have in the file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    if mmap and torch.device(device or "cpu").type != "cpu":
+        raise ValueError(f"device must be the CPU for weights that are mapped from a file, got {device}")
     folder = Path(run_or_folder)
     config = read_model_config(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}: the run has not finished (train it with --resume)")
-    try:
-        tensors = load_file(path, device=str(device or "cpu"))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    tensors = map_weights(path) if mmap else _read_weights(path, device)
     model = build_model(config, device="meta")
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -106,7 +113,34 @@ def load(
             f"{path} does not fit {folder / CONFIG_FILE}: {wrong[0]} is {found.get(wrong[0])}, "
             f"expected {expected.get(wrong[0])} ({len(wrong)} tensors differ)"
         )
+    if mmap:
+        _require_as_saved(tensors, dtype)
     model.load_state_dict(tensors, assign=True)
     for parameter in model.parameters():
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(not mmap)
+    for module in model.modules():
+        if isinstance(module, ValueTable):
+            module.is_mapped = mmap
+            if mmap:
+                for rows_ND in module.parameters():
+                    expect_single_rows(rows_ND)
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+def _read_weights(path: Path, device: torch.device | str | None) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device=str(device or "cpu"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _require_as_saved(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> None:
+    for name, tensor in tensors.items():
+        if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+            raise ValueError(
+                f"dtype must be None or that of the file for weights that are mapped from it: {name} is "
+                f"{tensor.dtype}, got {dtype}"
+            )

@@ -1,6 +1,7 @@
 """The stages of a memory layer that a compiler cannot derive, each as `torch.ops.ultramem.<op>`."""
 
 from ultramem.ops import reference
+from ultramem.ops.ask_for_rows import ask_for_rows, expect_single_rows
 from ultramem.ops.catch_up import LazyRows, catch_up_, catch_up_rows
 from ultramem.ops.grouped_mm import grouped_mm
 from ultramem.ops.huge_pages import advise_huge_pages
@@ -35,8 +36,10 @@ __all__ = [
     "adamw_segments_",
     "address_table",
     "advise_huge_pages",
+    "ask_for_rows",
     "catch_up_",
     "catch_up_rows",
+    "expect_single_rows",
     "grouped_mm",
     "lookup_dot",
     "lookup_dot_lazy",
