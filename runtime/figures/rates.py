@@ -1,0 +1,96 @@
+"""Rates of this machine that a roofline leaves out: reads that caches answer, products of few rows, random rows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # the name that everybody uses
+from torch import Tensor
+
+from ultramem.runtime.figures.schema import ProductRate, ReadRate
+from ultramem.runtime.profile.measure import percentile, time_us
+
+READ_BYTES = tuple(2**power for power in range(20, 29))
+PRODUCT_ROWS = tuple(2**power for power in range(11))
+PRODUCT_SHAPE = (512, 2048)
+"""Of the matrix: 4 MiB in float32, so that its products are not of the memory's speed."""
+SAMPLES = 9
+CYCLE_BYTES = 2**28
+"""Inputs of a call are used again after so many bytes of other rows were read: more than caches hold."""
+MOST_INPUTS = 256
+
+
+def read_rates(device: torch.device, sizes: Sequence[int] = READ_BYTES) -> tuple[ReadRate, ...]:
+    """Bytes per second of summing float32 arrays of these sizes in bytes."""
+    found = []
+    for size in sizes:
+        array = torch.ones(size // 4, device=device)
+        found.append(ReadRate(array_bytes=size, bytes_per_second=size / median_us(array.sum, device) * 1e6))
+    return tuple(found)
+
+
+def product_rates(device: torch.device, rows: Sequence[int] = PRODUCT_ROWS) -> tuple[ProductRate, ...]:
+    """FLOPs per second of float32 products of so many rows with a matrix that stays in the caches."""
+    weight_DI = torch.rand(PRODUCT_SHAPE, device=device)
+    found = []
+    for count in rows:
+        inputs_TD = torch.rand(count, PRODUCT_SHAPE[0], device=device)
+        us = median_us(lambda inputs=inputs_TD: inputs @ weight_DI, device)  # type: ignore[misc]  # a bound default
+        found.append(ProductRate(rows=count, flops_per_second=2 * count * weight_DI.numel() / us * 1e6))
+    return tuple(found)
+
+
+def median_us(call: Callable[[], object], device: torch.device) -> float:
+    """Median of several calls after one that warms up."""
+    call()
+    return percentile([time_us(call, device) for _ in range(SAMPLES)], 0.5)
+
+
+def read_rate(rates: Sequence[ReadRate], array_bytes: float) -> float:
+    """Bytes per second at `array_bytes`, on a straight line over the logarithm of the sizes that were measured."""
+    return _between([(rate.array_bytes, rate.bytes_per_second) for rate in rates], array_bytes)
+
+
+def product_rate(rates: Sequence[ProductRate], rows: float) -> float:
+    """FLOPs per second of a product of `rows` rows, likewise."""
+    return _between([(rate.rows, rate.flops_per_second) for rate in rates], rows)
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+    ordered = sorted(points)
+    x = min(max(x, ordered[0][0]), ordered[-1][0])
+    for (left, low), (right, high) in itertools.pairwise(ordered):
+        if x <= right:
+            share = math.log(x / left) / math.log(right / left)
+            return low + share * (high - low)
+    return ordered[-1][1]
+
+
+def inputs_for(bytes_of_call: float) -> int:
+    """How many inputs a call cycles through, so that the rows of one are gone from the caches before it is back."""
+    return max(2, min(MOST_INPUTS, math.ceil(CYCLE_BYTES / bytes_of_call)))
+
+
+def random_rows(table_NV: Tensor, tokens: int, slots: int, seed: int) -> Callable[[], object]:
+    """A call in which `embedding_bag`, the framework's own operator, sums `slots` random rows of each token."""
+    generator = torch.Generator().manual_seed(seed)
+    count = inputs_for(tokens * slots * table_NV.shape[1] * table_NV.element_size())
+    indices = [
+        torch.randint(table_NV.shape[0], (tokens, slots), generator=generator).to(table_NV.device) for _ in range(count)
+    ]
+    return cycle([lambda each=each: F.embedding_bag(each, table_NV, mode="sum") for each in indices])
+
+
+def cycle(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """A call that does what the next of `calls` does, from the start again after the last."""
+    place = -1
+
+    def call() -> object:
+        nonlocal place
+        place = (place + 1) % len(calls)
+        return calls[place]()
+
+    return call
