@@ -85,10 +85,10 @@ def measure_cases(
         max_samples=MAX_SAMPLES,
         device=device,
     )
-    return [_point(case, *trio, rates) for case, trio in zip(cases, cells, strict=True)]
+    return [summarize(case, *trio, rates) for case, trio in zip(cases, cells, strict=True)]
 
 
-def _point(case: Case, own: Cell | None, twin: Cell | None, rows: Cell | None, rates: Rates) -> MeasuredPoint:
+def summarize(case: Case, own: Cell | None, twin: Cell | None, rows: Cell | None, rates: Rates) -> MeasuredPoint:
     assert own is not None
     samples = own.samples_us
     medians = [percentile(samples_us, 0.5) for samples_us in own.round_us]

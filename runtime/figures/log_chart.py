@@ -1,4 +1,4 @@
-"""A chart with logarithmic axes, in the look of `ultramem.runtime.report.charts`: labels are HTML, the SVG stretches."""
+"""A chart with logarithmic axes, in the look of `ultramem.runtime.report.charts`: HTML labels over an SVG."""
 
 from __future__ import annotations
 
@@ -77,9 +77,8 @@ def log_chart(
     ]
     dots = []
     for curve in curves:
-        places = " ".join(f"{across(x):.2f},{down(y):.2f}" for x, y in curve.points)
-        if not curve.has_dots or curve.dash or len(curve.points) > 1:
-            shapes.append(f'<polyline class="strong" style="stroke:{curve.color};{curve.dash}" points="{places}"/>')
+        line = " ".join(f"{across(x):.2f},{down(y):.2f}" for x, y in curve.points)
+        shapes.append(f'<polyline class="strong" style="stroke:{curve.color};{curve.dash}" points="{line}"/>')
         if curve.has_dots:
             dots += [
                 f'<i class="dot" style="left:{across(x):.2f}%;top:{down(y):.2f}%;background:{curve.color}" '
@@ -88,9 +87,9 @@ def log_chart(
             ]
     y_labels = "".join(f'<span style="top:{down(mark):.2f}%">{escape(y_text(mark))}</span>' for mark in y_marks)
     x_labels = "".join(
-        f'<span{" class=end" if across(mark) > 95 else ""} style="left:{across(mark):.2f}%">{escape(x_text(mark))}</span>'
-        for mark in x_marks
-        if x_low <= mark <= x_high
+        f'<span{" class=end" if place > 95 else ""} style="left:{place:.2f}%">{escape(x_text(mark))}</span>'
+        for mark, place in ((mark, across(mark)) for mark in x_marks)
+        if -1 <= place <= 101
     )
     return (
         f'<div class="plot" role="img" aria-label="{escape(summary)}"><div class="y-title">{escape(y_title)}</div>'

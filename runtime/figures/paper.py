@@ -57,11 +57,9 @@ def sparser(model: PaperModel, ratio: float) -> PaperModel:
     """
     dense = count(preset(PRESETS["dense", model.size])).total
     config = model.config
-    layers = config.num_layers
     if config.moe is not None:
-        experts = max(
-            config.moe.experts_per_token, round(ratio * dense / (layers * 2 * config.hidden_size * config.inner_size))
-        )
+        expert = 2 * config.hidden_size * config.inner_size
+        experts = max(config.moe.experts_per_token, round(ratio * dense / (config.num_layers * expert)))
         config = replace(config, moe=replace(config.moe, num_experts=experts))
     elif config.memory is not None:
         rows = ratio * dense / (len(config.parsed_insertions) * config.memory.value_dim)
