@@ -73,23 +73,26 @@ def measure_cases(
     seconds_per_cell: float = SECONDS_PER_CELL,
 ) -> list[MeasuredPoint]:
     """Time all of them in turn (A B A B)."""
-    calls = [(case.call, case.twin, case.rows) for case in cases]
-    cells = [
-        tuple(None if call is None else Cell(case.engine, case.batch, DECODE, call) for call in trio)
-        for case, trio in zip(cases, calls, strict=True)
-    ]
+
+    def cell_of(case: Case, call: Callable[[], object]) -> Cell:
+        return Cell(case.engine, case.batch, DECODE, call)
+
+    own = [cell_of(case, case.call) for case in cases]
+    twins = [None if case.twin is None else cell_of(case, case.twin) for case in cases]
+    rows = [None if case.rows is None else cell_of(case, case.rows) for case in cases]
+    trios = list(zip(own, twins, rows, strict=True))
     measure_cells(
-        [cell for trio in cells for cell in trio if cell is not None],
+        [cell for trio in trios for cell in trio if cell is not None],
         rounds=rounds,
         seconds_per_cell=seconds_per_cell,
         max_samples=MAX_SAMPLES,
         device=device,
     )
-    return [summarize(case, *trio, rates) for case, trio in zip(cases, cells, strict=True)]
+    return [summarize(case, *trio, rates) for case, trio in zip(cases, trios, strict=True)]
 
 
-def summarize(case: Case, own: Cell | None, twin: Cell | None, rows: Cell | None, rates: Rates) -> MeasuredPoint:
-    assert own is not None
+def summarize(case: Case, own: Cell, twin: Cell | None, rows: Cell | None, rates: Rates) -> MeasuredPoint:
+    """The record of a case from the samples of its call, of its twin's and of its random rows'."""
     samples = own.samples_us
     medians = [percentile(samples_us, 0.5) for samples_us in own.round_us]
     p50_us = percentile(samples, 0.5)

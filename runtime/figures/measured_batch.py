@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ultramem.config import ModelConfig
-from ultramem.graph import Transformer, build_model
+from ultramem.graph import Transformer, UltraMemLayer, build_model
 from ultramem.runtime.engine import Engine, open_engine
 from ultramem.runtime.figures.agreement import require_logits
 from ultramem.runtime.figures.cases import SECONDS_PER_CELL, Case, Rates, measure_cases
@@ -118,7 +118,10 @@ def _case(opened: _Opened, batch: int, device: torch.device) -> Case:
     used = use_in_steps(opened.model, batch, device)
     rows = None
     if memory is not None:
-        rows = random_rows(opened.model.memories[0].table.values_NV.detach(), batch, memory.num_slots, seed=batch)
+        layer = opened.model.memories[0]
+        assert isinstance(layer, UltraMemLayer)
+        assert layer.table is not None
+        rows = random_rows(layer.table.values_NV.detach(), batch, memory.num_slots, seed=batch)
     return Case(
         series=opened.family,
         engine=ENGINE,

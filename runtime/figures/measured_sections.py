@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,33 +75,14 @@ def _table_card(points: list[Indexed], title: str, belongs: Callable[[dict[str, 
 
 
 def _card(title: str, note: str, lines: list[tuple[str, str, list[Indexed]]], *, x_title: str) -> str:
-    curves = []
-    for name, color, points in lines:
-        for what, key, dash in (
-            (name, "p50_us", ""),
-            (f"{name}, roofline", "roofline_us", DASHES),
-            (f"{name}, explained", "explained_us", DOTS),
-        ):
-            curves.append(
-                LogCurve(
-                    label=what,
-                    points=[(point["x"], point[key]) for _, point in points],
-                    color=color,
-                    dash=dash,
-                    has_dots=not dash,
-                )
-            )
-    xs = sorted({int(x) for curve in curves for x, _ in curve.points})
     is_rows = x_title != "batch"
-    chart = log_chart(
-        curves,
-        x_marks=power_ticks(xs),
-        x_text=(lambda x: f"2^{int(x).bit_length() - 1}") if is_rows else (lambda x: f"{x:,g}"),
-        y_text=time_text,
-        x_title=x_title,
-        y_title="per call",
-        summary=title,
-    )
+    shown = _chart([_curves(*line)[0] for line in lines] if len(lines) > 1 else _curves(*lines[0]), x_title, title)
+    if len(lines) > 1:
+        panels = "".join(
+            f"<div><h3>{escape(line[0])}</h3>{_chart(_curves(*line), x_title, f'{title}: {line[0]}')}</div>"
+            for line in lines
+        )
+        shown += f'<div class="panels">{panels}</div>'
     reasons = "".join(
         f"<li>{escape(name)}, {escape(_x_text(point, is_rows))}: {_ratio(index, point)} times the roofline: "
         f"{escape(point['reason'])}</li>"
@@ -112,11 +94,43 @@ def _card(title: str, note: str, lines: list[tuple[str, str, list[Indexed]]], *,
     return section(
         title,
         legend((name, color) for name, color, _ in lines),
-        f"<figure>{chart}<figcaption>Dots: medians. Dashes: the roofline's prediction. Small dots: overhead of calls, "
+        f"<figure>{shown}<figcaption>Dots: medians. Dashes: the roofline's prediction. Small dots: overhead of calls, "
         "random rows and products of few rows, each measured by itself, added up.</figcaption></figure>",
         details("Every measurement", _table(lines, is_rows)),
         why,
         note=note,
+    )
+
+
+def _curves(name: str, color: str, points: list[Indexed]) -> list[LogCurve]:
+    """Of one series: medians, the roofline's prediction, and what explains the difference."""
+    looks = (
+        (name, "p50_us", ""),
+        (f"{name}, roofline", "roofline_us", DASHES),
+        (f"{name}, explained", "explained_us", DOTS),
+    )
+    return [
+        LogCurve(
+            label=label,
+            points=[(point["x"], point[key]) for _, point in points],
+            color=color,
+            dash=dash,
+            has_dots=not dash,
+        )
+        for label, key, dash in looks
+    ]
+
+
+def _chart(curves: list[LogCurve], x_title: str, summary: str) -> str:
+    xs = sorted({int(x) for curve in curves for x, _ in curve.points})
+    return log_chart(
+        curves,
+        x_marks=power_ticks(xs),
+        x_text=(lambda x: f"{x:,g}") if x_title == "batch" else (lambda x: f"2^{math.log2(x):.3g}"),
+        y_text=time_text,
+        x_title=x_title,
+        y_title="per call",
+        summary=summary,
     )
 
 

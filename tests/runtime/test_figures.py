@@ -178,7 +178,7 @@ def test_figure_6_grows_sparse_parameters_and_nothing_that_a_token_computes(rati
         else:  # keys grow with the root of the rows
             keys = 6 * 2 * 2 * 2 * 448 * 2 * (math.isqrt(round(ratio * dense / 6 / 1024)) - 1792) * 2
             assert grown.flops_per_token - count(model.config).flops_per_token == pytest.approx(keys, abs=5e5)
-    with pytest.raises(ValueError, match="must have experts or a memory to be made sparser, got 'dense-1.6b'"):
+    with pytest.raises(ValueError, match=r"must have experts or a memory to be made sparser, got 'dense-1\.6b'"):
         sparser(PaperModel("dense", "1.6b", "dense-1.6b", preset("dense-1.6b")), 12)
 
 
