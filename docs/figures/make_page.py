@@ -113,10 +113,10 @@ def _conditions(document: dict[str, Any]) -> str:
     measured = document["measured"]
     return f"""## How it was measured
 
-The calls of a group take turns in {measured["rounds"]} rounds; times are medians. Every result was compared with float64
-first. Inputs differ from call to call, so that caches do not hold the rows of the next one. Beside each call ran the
-same call of a model of tiny widths (its time is overhead) and `embedding_bag` over as many random rows of as large a
-table. Other work: {measured["conditions"] or "not stated"} (load {number_text(measured["load_average"])} before the
+The calls of a group take turns in {measured["rounds"]} rounds; times are medians. Every result was compared with
+float64 first. Inputs differ from call to call, so that caches do not hold the rows of the next one. Beside each call
+ran the same call of a model of tiny widths (its time is overhead) and `embedding_bag` over as many random rows of as
+large a table. Other work: {measured["conditions"] or "not stated"} (load {number_text(measured["load_average"])} before the
 first figure)."""
 
 
