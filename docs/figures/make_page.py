@@ -116,8 +116,8 @@ def _conditions(document: dict[str, Any]) -> str:
 The calls of a group take turns in {measured["rounds"]} rounds; times are medians. Every result was compared with
 float64 first. Inputs differ from call to call, so that caches do not hold the rows of the next one. Beside each call
 ran the same call of a model of tiny widths (its time is overhead) and `embedding_bag` over as many random rows of as
-large a table. Other work: {measured["conditions"] or "not stated"} (load {number_text(measured["load_average"])} before the
-first figure)."""
+large a table. Other work: {measured["conditions"] or "not stated"}
+(load {number_text(measured["load_average"])} before the first figure)."""
 
 
 def draw(documents: Documents, out: Path) -> None:
@@ -176,9 +176,8 @@ def _measured_axes(axes: Any, document: dict[str, Any]) -> None:
         axes.plot(xs, [1e-3 * point["roofline_us"] for point in own], "--", lw=1, color=color)
     axes.set_xlabel("rows of the table" if by_rows else "batch")
     axes.set_ylabel("ms (median, quartiles)")
-    axes.set_title(
-        "Measured here, 64 tokens; dashed: roofline" if by_rows else "Measured here; dashed: roofline", fontsize=10
-    )
+    what = "measured here, 64 tokens" if by_rows else "measured here"
+    axes.set_title(f"{what}; dashed: roofline", fontsize=10)
 
 
 def main() -> int:
