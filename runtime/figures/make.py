@@ -88,7 +88,7 @@ def _measure(figure: int, conditions: str, progress: Callable[[str], None]) -> t
     load_average = os.getloadavg()[0]
     progress("measuring memory bandwidth and matrix products")
     machine = measure_machine(device)
-    rates = Rates(roofs_of(machine), read_rates(device), product_rates(device))
+    rates = Rates(roofs=roofs_of(machine), reads=read_rates(device), products=product_rates(device))
     if figure == 6:
         points = table_points(rates, device, progress=progress)
         checks = table_checks(points)

@@ -143,7 +143,8 @@ def _ratio(index: int, point: dict[str, Any]) -> str:
 
 
 def _table(lines: list[tuple[str, str, list[Indexed]]], is_rows: bool) -> str:
-    rows, starts = [], []
+    rows: list[list[Cell]] = []
+    starts = []
     for name, _, points in lines:
         starts.append(len(rows))
         for index, point in points:

@@ -50,8 +50,8 @@ _TWIN_SIDE = 16
 
 def tiny_twin(config: ModelConfig) -> ModelConfig:
     """A model that calls the same operators at widths at which they have next to nothing to do."""
-    twin = replace(config, hidden_size=_TWIN_WIDTH, inner_size=_TWIN_WIDTH)
-    return twin if config.memory is None else replace(twin, memory=tiny_memory(config.memory))
+    memory = None if config.memory is None else tiny_memory(config.memory)
+    return replace(config, hidden_size=_TWIN_WIDTH, inner_size=_TWIN_WIDTH, memory=memory)
 
 
 def tiny_memory(memory: MemoryConfig) -> MemoryConfig:
