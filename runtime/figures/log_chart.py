@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,10 @@ MAX_X_LABELS = 6
 MAX_Y_LABELS = 6
 DASHES = "stroke-dasharray:5 4"
 DOTS = "stroke-dasharray:1.5 3"
+HALO = "stroke-width:6px;opacity:.5"
+"""Of a line that another may cover."""
+TOP_ROOM = 5
+"""Percent of the height below the title of the axis in which no label fits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +27,8 @@ class LogCurve:
     label: str
     points: Sequence[tuple[float, float]]
     color: str
-    dash: str = ""
-    """CSS of the stroke: nothing, `DASHES` or `DOTS`."""
+    style: str = ""
+    """CSS of the stroke: nothing, `DASHES`, `DOTS` or `HALO`."""
     has_dots: bool = False
 
 
@@ -44,6 +49,11 @@ def log_ticks(low: float, high: float, *, most: int) -> list[float]:
 def power_ticks(values: Sequence[int]) -> list[int]:
     """Some of `values`, evenly spread from the first on: those of a sweep over powers of two."""
     return list(values)[:: -(-len(values) // MAX_X_LABELS)]
+
+
+def _short(text: str) -> str:
+    """Text of a mark: "10.0 ms" as "10 ms", which no line breaks."""
+    return re.sub(r"\.0+(?= )", "", text).replace(" ", "\u00a0")
 
 
 def log_chart(
@@ -78,14 +88,18 @@ def log_chart(
     dots = []
     for curve in curves:
         line = " ".join(f"{across(x):.2f},{down(y):.2f}" for x, y in curve.points)
-        shapes.append(f'<polyline class="strong" style="stroke:{curve.color};{curve.dash}" points="{line}"/>')
+        shapes.append(f'<polyline class="strong" style="stroke:{curve.color};{curve.style}" points="{line}"/>')
         if curve.has_dots:
             dots += [
                 f'<i class="dot" style="left:{across(x):.2f}%;top:{down(y):.2f}%;background:{curve.color}" '
                 f'title="{escape(f"{curve.label}, {x_text(x)}: {y_text(y)}")}"></i>'
                 for x, y in curve.points
             ]
-    y_labels = "".join(f'<span style="top:{down(mark):.2f}%">{escape(y_text(mark))}</span>' for mark in y_marks)
+    y_labels = "".join(
+        f'<span style="top:{down(mark):.2f}%">{escape(_short(y_text(mark)))}</span>'
+        for mark in y_marks
+        if down(mark) >= TOP_ROOM
+    )
     x_labels = "".join(
         f'<span{" class=end" if place > 95 else ""} style="left:{place:.2f}%">{escape(x_text(mark))}</span>'
         for mark, place in ((mark, across(mark)) for mark in x_marks)

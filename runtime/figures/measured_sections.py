@@ -114,10 +114,10 @@ def _curves(name: str, color: str, points: list[Indexed]) -> list[LogCurve]:
             label=label,
             points=[(point["x"], point[key]) for _, point in points],
             color=color,
-            dash=dash,
-            has_dots=not dash,
+            style=style,
+            has_dots=not style,
         )
-        for label, key, dash in looks
+        for label, key, style in looks
     ]
 
 
@@ -178,26 +178,21 @@ def _table(lines: list[tuple[str, str, list[Indexed]]], is_rows: bool) -> str:
 def checks_section(document: dict[str, Any]) -> str:
     """What must hold of the measurements."""
     checks = document["measured"]["checks"]
-    rows = []
+    items = []
     for index, check in enumerate(checks):
         here = f"/measured/checks/{index}"
-        predicted = check["predicted"]
-        low = "" if check["low"] is None else f"{number_text(check['low'])} to "
+        predicted = ""
+        if check["predicted"] is not None:
+            predicted = f", by the roofline {number(number_text(check['predicted']), f'{here}/predicted')}"
         high = number_text(check["high"])
-        rows.append(
-            [
-                text_cell(check["name"]),
-                Cell(text=number_text(check["value"]), path=f"{here}/value"),
-                Cell(text="") if predicted is None else Cell(text=number_text(predicted), path=f"{here}/predicted"),
-                text_cell(f"{low}{high}" if low else f"at most {high}"),
-                text_cell("yes" if check["met"] else "no"),
-            ]
+        accepted = f"at most {high}" if check["low"] is None else f"{number_text(check['low'])} to {high}"
+        verdict = "met" if check["met"] else "not met"
+        items.append(
+            f"<li>{escape(check['name'])}: {number(number_text(check['value']), f'{here}/value', tag='b')}{predicted}, "
+            f"accepted {escape(accepted)}: <b>{verdict}</b></li>"
         )
     met = sum(check["met"] for check in checks)
-    return section(
-        f"Checks: {met} of {len(checks)} are met",
-        table(("ratio", "measured", "roofline", "accepted", "met"), rows),
-    )
+    return section(f"Checks: {met} of {len(checks)} are met", f"<ul>{''.join(items)}</ul>")
 
 
 def _machine_section(document: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ultramem.runtime.figures.log_chart import DASHES, LogCurve, log_chart, power_ticks
+from ultramem.runtime.figures.log_chart import DASHES, HALO, LogCurve, log_chart, power_ticks
 from ultramem.runtime.figures.paper import FAMILIES
 from ultramem.runtime.profile.units import bytes_text, number_text, scaled_text, time_text
 from ultramem.runtime.report.page import Cell, definitions, details, escape, legend, number, section, table, text_cell
@@ -66,10 +66,12 @@ def _chart(
         line = [(point["sparse_ratio"] if by_ratio else point["batch"], point[key]) for point in chosen]
         fitting = sum(point["fits"] is not False for point in chosen)
         name, color = FAMILY_NAMES[family], FAMILY_COLORS[family]
+        under = HALO if family == "pkm" else ""  # UltraMem's line is next to it everywhere
         if fitting:
-            curves.append(LogCurve(label=name, points=line[:fitting], color=color))
+            curves.append(LogCurve(label=name, points=line[:fitting], color=color, style=under))
         if fitting < len(line):
-            curves.append(LogCurve(label=name, points=line[max(0, fitting - 1) :], color=color, dash=DASHES))
+            rest = line[max(0, fitting - 1) :]
+            curves.append(LogCurve(label=name, points=rest, color=color, style=f"{under};{DASHES}"))
     text = time_text if key == "roofline_us" else bytes_text
     xs = sorted({x for curve in curves for x, _ in curve.points})
     marks = [1.5, 3, 6, 12, 24, 48, 96] if by_ratio else power_ticks([int(x) for x in xs])
@@ -118,29 +120,24 @@ def _points_table(points: list[tuple[int, dict[str, Any]]], by_ratio: bool) -> s
 
 def claims_section(document: dict[str, Any]) -> str:
     """What the paper says, and what this arithmetic finds."""
-    rows = []
+    items = []
     for index, claim in enumerate(document["claims"]):
-        value = (
-            text_cell("none")
-            if claim["value"] is None
-            else Cell(text=number_text(claim["value"]), path=f"/claims/{index}/value")
-        )
-        high = "" if claim["high"] is None else f" to {number_text(claim['high'])}"
+        value = "none"
+        if claim["value"] is not None:
+            value = number(number_text(claim["value"]), f"/claims/{index}/value", tag="b")
         low = number_text(claim["low"])
-        accepted = f"{low}{high}" if high else f"at least {low}"
-        rows.append(
-            [
-                text_cell(claim["paper"]),
-                text_cell(claim["quantity"]),
-                value,
-                text_cell(accepted),
-                text_cell("yes" if claim["agrees"] else "no"),
-            ]
+        accepted = f"at least {low}" if claim["high"] is None else f"{low} to {number_text(claim['high'])}"
+        if claim["low"] == claim["high"]:
+            accepted = low
+        holds = "holds" if claim["agrees"] else "does not hold"
+        items.append(
+            f"<li>{escape(claim['paper'])}: <b>{holds}</b>. {escape(claim['quantity'])}: {value}, "
+            f"accepted {escape(accepted)}.</li>"
         )
     return section(
-        f"The paper's statements: {headline(document)}",
-        table(("the paper", "here", "found", "accepted", "holds"), rows),
-        note="The paper measured on its own kernels; this is what bytes and FLOPs alone say on this device.",
+        headline(document),
+        f"<ul>{''.join(items)}</ul>",
+        note="The paper measured its own kernels; this is what bytes and FLOPs alone say on this device.",
     )
 
 
