@@ -34,15 +34,19 @@ class LogCurve:
 
 def log_ticks(low: float, high: float, *, most: int) -> list[float]:
     """Round values from `low` to `high`: powers of ten, every second or third of them where there are more than
-    `most`, and 1, 2 and 5 times powers where fewer than two lie between.
+    `most`, and 1, 2 and 5 times powers (or more of them) where fewer than two lie between.
     """
     if not 0 < low <= high:
         raise ValueError(f"low and high must be positive and ascending, got {low} and {high}")
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     powers = [10.0**power for power in range(first, last + 1) if low <= 10.0**power <= high]
     if len(powers) < 2:
-        fine = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
-        return [mark for mark in fine if low <= mark <= high] or [low]
+        for factors in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+            fine = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
+            marks = [mark for mark in fine if low <= mark <= high]
+            if len(marks) >= 2:
+                break
+        return marks or [low]
     return powers[:: -(-len(powers) // most)]
 
 

@@ -24,10 +24,10 @@ def render_figure(figure_json: dict[str, Any]) -> str:
     document = check_document(figure_json)
     title = f"Figure {document['figure']} on {document['device']['label']}: {headline(document)}"
     lead = (
-        f"{document['setting']['caption']} of the paper (arXiv 2411.12364), by arithmetic on the roofs of "
+        f"{document['setting']['caption']} (arXiv 2411.12364). Here by arithmetic on the roofs of "
         f"{document['device']['label']}"
     )
-    lead += ", and measured at sizes that this machine holds." if document["measured"] else "."
+    lead += ", and measured there at sizes that it holds." if document["measured"] else "."
     body = [
         f'<header><h1>{heading(title)}</h1><p class="lead">{escape(lead)}</p></header>',
         *arithmetic_sections(document),

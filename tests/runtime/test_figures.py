@@ -387,7 +387,8 @@ def test_the_lookup_is_flat_where_its_time_grows_by_less_than_a_third():
 
 
 @pytest.mark.parametrize(("low", "high", "marks"), [
-    (1, 1000, [1, 10, 100, 1000]), (3, 40, [5, 10, 20]), (1, 10**8, [1, 10**2, 10**4, 10**6, 10**8]), (6, 7, [6]),
+    (1, 1000, [1, 10, 100, 1000]), (3, 40, [5, 10, 20]), (1, 10**8, [1, 10**2, 10**4, 10**6, 10**8]), (6, 7, [6, 7]),
+    (6.1, 6.9, [6.1]),
 ])  # fmt: skip
 def test_log_ticks(low, high, marks):
     assert log_ticks(low, high, most=6) == pytest.approx(marks)
