@@ -84,18 +84,18 @@ def _reading_1(document: dict[str, Any]) -> str:
         {cached: _point(document, each, 64, cached) for cached in (0, 2048)} for each in ("moe", "ultramem")
     )
     per_token = (ultramem[2048]["roofline_us"] - ultramem[0]["roofline_us"]) / 2048
-    tokens = (moe[0]["roofline_us"] - 6 * ultramem[0]["roofline_us"]) / (5 * per_token)
-    share = ultramem[2048]["cache_bytes"] / ultramem[2048]["total_bytes"]
+    tokens = number_text((moe[0]["roofline_us"] - 6 * ultramem[0]["roofline_us"]) / (5 * per_token), 2)
+    share = share_text(ultramem[2048]["cache_bytes"] / ultramem[2048]["total_bytes"])
     fits = max(
         point["batch"]
         for point in document["arithmetic"]
         if (point["family"], point["cached_tokens"], point["fits"]) == ("moe", 2048, True)
     )
     return f"""The statements are read as numbers: "6 times" holds between 4.8 and 7.2. At batch 64 the cache of 2048
-tokens is {share_text(share)} of what UltraMem's step moves, and no layer can save it: on {label} the paper's factor of 6
-is what a cache of about {number_text(tokens, 2)} tokens gives. MoE at 1.6B with 2048 of them fits into that device up to
-batch {fits}. That UltraMem costs hardly more than the dense model, and that the gain is largest at batch 64, is what the
-bytes of the layers say, without a cache."""
+tokens is {share} of what UltraMem's step moves, and no layer can save it: on {label} the paper's factor of 6
+is what a cache of about {tokens} tokens gives. MoE at 1.6B with 2048 of them fits into that device up to
+batch {fits}. That UltraMem costs hardly more than the dense model, and that the gain is largest at batch 64, is what
+the bytes of the layers say, without a cache."""
 
 
 def _reading_6(document: dict[str, Any]) -> str:

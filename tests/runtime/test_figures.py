@@ -7,6 +7,8 @@ import html.parser
 import itertools
 import json
 import math
+import re
+import runpy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,7 @@ RATES = Rates(
     products=(ProductRate(rows=1, flops_per_second=1e10), ProductRate(rows=1024, flops_per_second=1e11)),
 )
 CPU = torch.device("cpu")
+DOCS = Path(__file__).parents[2] / "docs/figures"
 
 
 def step_bytes(name: str, batch: int, cached: int = 0) -> int:
@@ -528,3 +531,19 @@ def test_wrong_combinations_are_one_line(words, line, tmp_path: Path, capsys, mo
     (error,) = captured.err.splitlines()
     assert line in error
     assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
+
+
+def test_the_committed_page_is_what_the_committed_results_give():
+    make_page = runpy.run_path(str(DOCS / "make_page.py"))
+    documents = make_page["read"](DOCS)
+    text = make_page["readme"](documents)
+    assert (DOCS / "README.md").read_text() == text
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (DOCS / target).exists(), target
+    for (device, figure), document in documents.items():
+        assert document["figure"] == figure
+        if device != "this":  # arithmetic comes out the same again
+            again = json.loads(
+                json.dumps([dataclasses.asdict(each) for each in figure_points(figure, DEVICES[device])])
+            )
+            assert document["arithmetic"] == again
