@@ -143,8 +143,9 @@ def _measured(document: dict[str, Any]) -> str:
     lines += [
         "",
         f"Of {len(measured['points'])} measurements {len(far)} differ from the roofline by over 1.5 times; "
-        f"{len(far) - len(unexplained)} of these are explained within 1.5 times by overhead of calls, random rows and "
-        f"products of few rows, each measured by itself; {len(unexplained)} are not explained in full:",
+        f"{len(far) - len(unexplained)} of these are explained within 1.5 times by waiting for other processes, "
+        "overhead of calls, random rows and products of few rows, each measured by itself; "
+        f"{len(unexplained)} are not explained in full:",
         "",
     ]
     lines += [

@@ -1,12 +1,15 @@
 """One measured call each with what explains its time: the same call of a tiny twin, and as many random rows.
 
-The three take turns in the same rounds, so that what disturbs one disturbs all.
+The three take turns in the same rounds. Of each, the time in which this process had the processor is kept beside the
+wall time, so that what other processes took is a part of the explanation and not of the others.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -20,7 +23,7 @@ from ultramem.runtime.profile.schema import DECODE
 from ultramem.runtime.profile.units import bytes_text, number_text, time_text
 
 ROUNDS = 5
-SECONDS_PER_CELL = 0.6
+SECONDS_PER_CELL = 0.4
 MAX_SAMPLES = 100
 WORTH_NAMING = 0.1
 """Share of the difference below which a part of it is not named."""
@@ -47,12 +50,39 @@ class Case:
     tokens_of_expert: float = 0.0
     """Mean number of tokens of an expert that is used; 0 without experts."""
     twin: Callable[[], object] | None = None
-    """The same call of a model of tiny widths."""
+    """The same call with next to nothing to do: of a model of tiny widths, or on a table that caches hold."""
+    twin_is: str = "on a model of tiny widths"
     twin_costs: tuple[StageCost, ...] = ()
     rows: Callable[[], object] | None = None
     """As many random rows of as large a table."""
     rows_repeats: int = 1
     """How many such reads a call makes: memory layers."""
+
+
+@dataclass(slots=True)
+class Watched:
+    """A call that adds up how long the process had the processor in each of its calls."""
+
+    call: Callable[[], object]
+    cpu_us: list[float] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        start = time.process_time_ns()
+        self.call()
+        self.cpu_us.append((time.process_time_ns() - start) / 1e3)
+
+
+@dataclass(slots=True)
+class Timed:
+    """A cell of the profile's, and what it calls."""
+
+    cell: Cell
+    watched: Watched
+
+    @property
+    def busy_us(self) -> float:
+        """Median time with the processor; threads beside each other count once."""
+        return min(percentile(self.cell.samples_us, 0.5), percentile(self.watched.cpu_us, 0.5))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,15 +104,16 @@ def measure_cases(
 ) -> list[MeasuredPoint]:
     """Time all of them in turn (A B A B)."""
 
-    def cell_of(case: Case, call: Callable[[], object]) -> Cell:
-        return Cell(case.engine, case.batch, DECODE, call)
+    def timed(case: Case, call: Callable[[], object]) -> Timed:
+        watched = Watched(call)
+        return Timed(Cell(case.engine, case.batch, DECODE, watched), watched)
 
-    own = [cell_of(case, case.call) for case in cases]
-    twins = [None if case.twin is None else cell_of(case, case.twin) for case in cases]
-    rows = [None if case.rows is None else cell_of(case, case.rows) for case in cases]
+    own = [timed(case, case.call) for case in cases]
+    twins = [None if case.twin is None else timed(case, case.twin) for case in cases]
+    rows = [None if case.rows is None else timed(case, case.rows) for case in cases]
     trios = list(zip(own, twins, rows, strict=True))
     measure_cells(
-        [cell for trio in trios for cell in trio if cell is not None],
+        [each.cell for trio in trios for each in trio if each is not None],
         rounds=rounds,
         seconds_per_cell=seconds_per_cell,
         max_samples=MAX_SAMPLES,
@@ -91,18 +122,21 @@ def measure_cases(
     return [summarize(case, *trio, rates) for case, trio in zip(cases, trios, strict=True)]
 
 
-def summarize(case: Case, own: Cell, twin: Cell | None, rows: Cell | None, rates: Rates) -> MeasuredPoint:
+def summarize(case: Case, own: Timed, twin: Timed | None, rows: Timed | None, rates: Rates) -> MeasuredPoint:
     """The record of a case from the samples of its call, of its twin's and of its random rows'."""
-    samples = own.samples_us
-    medians = [percentile(samples_us, 0.5) for samples_us in own.round_us]
+    samples = own.cell.samples_us
+    medians = [percentile(samples_us, 0.5) for samples_us in own.cell.round_us]
     p50_us = percentile(samples, 0.5)
     predicted_us = roofline_us(case.costs, rates.roofs)
     overhead_us = 0.0
     if twin is not None:
-        overhead_us = max(0.0, percentile(twin.samples_us, 0.5) - roofline_us(case.twin_costs, rates.roofs))
-    rows_us = 0.0 if rows is None else case.rows_repeats * percentile(rows.samples_us, 0.5)
-    dense_us = _dense_us(case, rates)
-    explained_us = overhead_us + rows_us + dense_us
+        overhead_us = max(0.0, twin.busy_us - roofline_us(case.twin_costs, rates.roofs))
+    parts = Parts(
+        overhead_us=overhead_us,
+        rows_us=0.0 if rows is None else case.rows_repeats * rows.busy_us,
+        dense_us=_dense_us(case, rates),
+        waiting_us=p50_us - own.busy_us,
+    )
     return MeasuredPoint(
         series=case.series,
         engine=case.engine,
@@ -123,12 +157,19 @@ def summarize(case: Case, own: Cell, twin: Cell | None, rows: Cell | None, rates
         total_bytes=sum(cost.total_bytes for cost in case.costs),
         roofline_us=predicted_us,
         ratio=p50_us / predicted_us,
-        overhead_us=overhead_us,
-        rows_us=rows_us,
-        dense_us=dense_us,
-        explained_us=explained_us,
-        reason=_reason(case, rates, p50_us, predicted_us, overhead_us, rows_us, dense_us),
+        **parts._asdict(),
+        explained_us=sum(parts),
+        reason=_reason(case, rates, p50_us, predicted_us, parts),
     )
+
+
+class Parts(NamedTuple):
+    """What explains a time, each part measured by itself."""
+
+    overhead_us: float
+    rows_us: float
+    dense_us: float
+    waiting_us: float
 
 
 def value_row_bytes(case: Case) -> int:
@@ -151,44 +192,34 @@ def _dense_us(case: Case, rates: Rates) -> float:
     return 1e6 * seconds
 
 
-def _reason(
-    case: Case,
-    rates: Rates,
-    p50_us: float,
-    predicted_us: float,
-    overhead_us: float,
-    rows_us: float,
-    dense_us: float,
-) -> str:
+def _reason(case: Case, rates: Rates, p50_us: float, predicted_us: float, parts: Parts) -> str:
     """Why the time is not within 1.5 times the prediction, in the parts that were measured."""
     ratio = p50_us / predicted_us
     if 1 / EXPLAINED_WITHIN <= ratio <= EXPLAINED_WITHIN:
         return ""
     rows_roof_us = 1e6 * value_row_bytes(case) / rates.roofs.bytes_per_second
     dense_roof_us = roofline_us(case.used_costs, rates.roofs) - rows_roof_us
-    parts = (
+    texts = (
+        (parts.waiting_us, f"other processes had the processor for {time_text(parts.waiting_us)}"),
+        (parts.overhead_us, f"the same call takes {time_text(parts.overhead_us)} {case.twin_is}"),
         (
-            overhead_us,
-            f"calls of operators take {time_text(overhead_us)} on a model of tiny widths",
+            parts.rows_us - rows_roof_us,
+            f"rows at random places take {time_text(parts.rows_us)}, as embedding_bag reads them, where as many bytes "
+            f"in a row would take {time_text(rows_roof_us)}",
         ),
         (
-            rows_us - rows_roof_us,
-            f"rows at random places take {time_text(rows_us)}, as embedding_bag reads them, where as many bytes in a "
-            f"row would take {time_text(rows_roof_us)}",
-        ),
-        (
-            dense_us - dense_roof_us,
-            f"the rest takes {time_text(dense_us)} instead of {time_text(dense_roof_us)} at the rates measured for "
-            f"reading {bytes_text(_step_bytes(case))} and for products of {number_text(_product_rows(case), 2)} rows",
+            parts.dense_us - dense_roof_us,
+            f"the rest takes {time_text(parts.dense_us)} instead of {time_text(dense_roof_us)} at the rates measured "
+            f"for reading {bytes_text(_step_bytes(case))} and products of {number_text(_product_rows(case), 2)} rows",
         ),
     )
     difference_us = p50_us - predicted_us
-    named = [text for part_us, text in parts if part_us / difference_us >= WORTH_NAMING]
-    explained_us = overhead_us + rows_us + dense_us
+    named = [text for part_us, text in texts if part_us / difference_us >= WORTH_NAMING]
+    explained_us = sum(parts)
     off = p50_us / explained_us
     total = f"together {time_text(explained_us)} of {time_text(p50_us)}"
     if not named:
-        return f"not explained: overhead, random rows and small products come to {time_text(explained_us)}"
+        return f"not explained: waiting, overhead, random rows and the rest come to {time_text(explained_us)}"
     text = "; ".join([*named, total])
     if 1 / EXPLAINED_WITHIN <= off <= EXPLAINED_WITHIN:
         return text

@@ -20,7 +20,7 @@ from ultramem.runtime.figures.seen_use import used_by
 from ultramem.runtime.figures.small_models import CACHED_TOKENS, SMALL, tiny_twin
 from ultramem.runtime.profile.measure import Inputs, draw_inputs
 
-MEASURED_BATCHES = {1: (1, 2, 4, 8, 16, 32, 64), 7: (1, 4, 16, 32, 64, 256, 1024)}
+MEASURED_BATCHES = {1: (1, 4, 16, 32, 64), 7: (1, 16, 64, 256)}
 NEXT_TOKENS = 8
 """Steps with other tokens that a call cycles through."""
 ELEMENT_BYTES = 4

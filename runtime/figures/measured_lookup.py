@@ -20,6 +20,7 @@ from ultramem.runtime.profile.arithmetic import ADDRESS_BYTES, StageCost
 
 SERIES = "lookup"
 BLOCKS, CORES = 4, 2
+CACHED_ROWS = 64
 
 
 def lookup_case(buffer: Tensor, rows: int, width: int, *, tokens: int, slots: int) -> Case:
@@ -40,6 +41,9 @@ def lookup_case(buffer: Tensor, rows: int, width: int, *, tokens: int, slots: in
         moved = tokens * (slots * (CORES * values_NV.element_size() + ADDRESS_BYTES) + BLOCKS * row_bytes)
         return (StageCost("lookup", 2 * tokens * slots * width, 0, round(used * row_bytes), 0, moved),)
 
+    # The same work on rows that all lie in the caches.
+    few_NV = rows_of(buffer, CACHED_ROWS, width)
+    twin_inputs = [(indices_TK % (CACHED_ROWS * BLOCKS), scores_TKC) for indices_TK, scores_TKC in inputs[:16]]
     used = sum((indices % rows).unique().numel() for indices, _ in inputs) / len(inputs)
     used_expected = expected_distinct(tokens * slots, rows)
     return Case(
@@ -54,5 +58,8 @@ def lookup_case(buffer: Tensor, rows: int, width: int, *, tokens: int, slots: in
         row_bytes=row_bytes,
         used=used,
         used_expected=used_expected,
+        twin=cycle([partial(ops.lookup_reduce, few_NV, *each, num_blocks=BLOCKS) for each in twin_inputs]),
+        twin_costs=cost(CACHED_ROWS),
+        twin_is=f"on a table of {CACHED_ROWS} rows",
         rows=random_rows(values_NV, tokens, slots, seed=rows),
     )

@@ -95,7 +95,8 @@ def _card(title: str, note: str, lines: list[tuple[str, str, list[Indexed]]], *,
         title,
         legend((name, color) for name, color, _ in lines),
         f"<figure>{shown}<figcaption>Dots: medians. Dashes: the roofline's prediction. Small dots: overhead of calls, "
-        "random rows and products of few rows, each measured by itself, added up.</figcaption></figure>",
+        "random rows, products of few rows and waiting for other processes, each measured by itself, added up."
+        "</figcaption></figure>",
         details("Every measurement", _table(lines, is_rows)),
         why,
         note=note,
@@ -162,6 +163,7 @@ def _table(lines: list[tuple[str, str, list[Indexed]]], is_rows: bool) -> str:
                     Cell(text=time_text(point["overhead_us"]), path=f"{here}/overhead_us"),
                     Cell(text=time_text(point["rows_us"]), path=f"{here}/rows_us"),
                     Cell(text=time_text(point["dense_us"]), path=f"{here}/dense_us"),
+                    Cell(text=time_text(point["waiting_us"]), path=f"{here}/waiting_us"),
                     Cell(text=time_text(point["explained_us"]), path=f"{here}/explained_us"),
                     Cell(text=number_text(point["used"]), path=f"{here}/used"),
                     Cell(text=number_text(point["used_expected"]), path=f"{here}/used_expected"),
@@ -170,7 +172,7 @@ def _table(lines: list[tuple[str, str, list[Indexed]]], is_rows: bool) -> str:
             )
     headings = (
         "series", "rows" if is_rows else "batch", "median", "quartiles", "samples", "roofline", "ratio", "overhead",
-        "random rows", "the rest", "explained", "used", "expected", "bytes",
+        "random rows", "the rest", "waiting", "explained", "used", "expected", "bytes",
     )  # fmt: skip
     return table(headings, rows, group_starts=starts)
 

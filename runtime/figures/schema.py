@@ -102,14 +102,16 @@ class MeasuredPoint:
     ratio: float
     """p50_us / roofline_us."""
     overhead_us: float
-    """Time of the same call of a model of tiny widths, over its own roofline."""
+    """Time of the same call of a model of tiny widths, or on a table that caches hold, over its own roofline."""
     rows_us: float
     """Time in which embedding_bag reads as many random rows of as large a table."""
     dense_us: float
     """The other stages at the rates that were measured for their sizes: reading so many bytes, products of so few
     rows."""
+    waiting_us: float
+    """Wall time in which the process did not have the processor; the three before it are without."""
     explained_us: float
-    """overhead + rows + dense."""
+    """overhead + rows + dense + waiting."""
     reason: str
     """Why ratio is not within 1.5 of 1, as far as the measurements say; empty where it is."""
 

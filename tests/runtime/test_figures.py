@@ -37,7 +37,7 @@ from ultramem.runtime.figures import (
 )
 from ultramem.runtime.figures.agreement import WrongResultError, is_near, require_logits, require_moe
 from ultramem.runtime.figures.by_arithmetic import figure_claims, figure_points
-from ultramem.runtime.figures.cases import Case, Rates, summarize
+from ultramem.runtime.figures.cases import Case, Rates, Timed, Watched, summarize
 from ultramem.runtime.figures.devices import Roofs, roofs_of
 from ultramem.runtime.figures.expected import resident_bytes, sparse_bytes
 from ultramem.runtime.figures.grown_table import make_buffer, memory_config, memory_layer, moe_layer, num_experts
@@ -248,10 +248,11 @@ def case_of(**fields: Any) -> Case:
     return Case(**given)
 
 
-def cell_of(*us: float) -> Cell:
+def cell_of(*us: float, busy: float = math.inf) -> Timed:
+    """A call that took `us` in as many rounds, `busy` of it with the processor."""
     cell = Cell("eager", 4, "decode", lambda: None)
     cell.round_us = [[each] for each in us]
-    return cell
+    return Timed(cell, Watched(lambda: None, [busy]))
 
 
 def test_a_time_near_the_roofline_needs_no_reason():
@@ -267,10 +268,20 @@ def test_reasons_name_the_parts_that_were_measured():
     point = summarize(case_of(), own, twin, rows, RATES)
     assert (point.overhead_us, point.rows_us) == (300.0, 600.0)
     assert point.explained_us == pytest.approx(300 + 600 + point.dense_us)
-    assert "calls of operators take 300 µs" in point.reason
+    assert "the same call takes 300 µs on a model of tiny widths" in point.reason
     assert "rows at random places take 600 µs" in point.reason
     assert "in a row would take 100 µs" in point.reason
     assert "not explained" not in point.reason
+
+
+def test_time_of_other_processes_is_a_part_of_its_own():
+    own, twin, rows = cell_of(900.0, busy=400.0), cell_of(700.0, busy=150.0), cell_of(500.0, busy=230.0)
+    point = summarize(case_of(), own, twin, rows, RATES)
+    assert (point.waiting_us, point.overhead_us, point.rows_us) == (500.0, 150.0, 230.0)
+    assert "other processes had the processor for 500 µs" in point.reason
+    watched = Watched(lambda: sum(range(20000)))
+    watched()
+    assert watched.cpu_us[0] > 0
 
 
 def test_what_the_parts_do_not_explain_is_said():
@@ -335,7 +346,9 @@ def test_a_sweep_over_batches_measures_every_family(measured_batches):
         assert point.samples >= 5
         assert point.p25_us <= point.p50_us <= point.p75_us
         assert point.ratio == pytest.approx(point.p50_us / point.roofline_us)
-        assert point.explained_us == pytest.approx(point.overhead_us + point.rows_us + point.dense_us)
+        assert point.explained_us == pytest.approx(
+            point.overhead_us + point.rows_us + point.dense_us + point.waiting_us
+        )
     used = {(point.series, point.batch): point for point in measured_batches}
     assert used["moe", 1].used == 2  # of 31 experts
     assert 10 < used["moe", 16].used <= 31
