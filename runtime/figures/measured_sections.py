@@ -44,13 +44,19 @@ def _groups(points: list[Indexed]) -> list[tuple[str, Callable[[dict[str, Any]],
         series, batch = point["series"], point["batch"]
         if series == "lookup":
             found[("lookup", batch, point["row_bytes"])] = (
-                f"Measured here: the lookup of {batch} tokens, {point['row_bytes']} bytes a row"
+                f"Measured here: the lookup of {_tokens(batch)}, {point['row_bytes']} bytes a row"
             )
         elif series in ("memory layer", "MoE layer"):
-            found[("layer", batch, 0)] = f"Measured here: a memory layer and a MoE layer of equal size, {batch} tokens"
+            found[("layer", batch, 0)] = (
+                f"Measured here: a memory layer and a MoE layer of equal size, {_tokens(batch)}"
+            )
         else:
             found[("step", batch, 0)] = f"Measured here: a model's decode step, batch {batch}"
     return [(title, _belongs(key)) for key, title in found.items()]
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
 def _belongs(key: tuple[str, int, int]) -> Callable[[dict[str, Any]], bool]:
@@ -211,7 +217,7 @@ def _machine_section(document: dict[str, Any]) -> str:
     pairs = [
         ("processor", escape(f"{machine['device']}, {machine['threads']} threads, {machine['cpu_flags']}")),
         ("reading an array of", escape(reads)),
-        ("products of so many rows with a matrix of 512 x 2048", escape(products)),
+        ("products of so many rows with 512 x 2048 weights from memory", escape(products)),
         ("rounds", number(str(measured["rounds"]), "/measured/rounds")),
         ("cached tokens of measured steps", number(str(measured["cached_tokens"]), "/measured/cached_tokens")),
         ("load before", number(number_text(measured["load_average"]), "/measured/load_average")),

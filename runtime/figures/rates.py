@@ -16,9 +16,11 @@ from ultramem.runtime.profile.measure import percentile, time_us
 
 READ_BYTES = tuple(2**power for power in range(20, 29))
 PRODUCT_ROWS = tuple(2**power for power in range(11))
-PRODUCT_SHAPE = (512, 2048)
-"""Of the matrix: 4 MiB in float32, so that its products are not of the memory's speed."""
-SAMPLES = 9
+PRODUCT_SHAPE = (2048, 512)
+"""Outputs and inputs of a matrix, 4 MiB in float32, as in the layers that are measured."""
+PRODUCT_MATRICES = 64
+"""One after the other: more than caches hold, as weights are in a step."""
+SAMPLES = 15
 CYCLE_BYTES = 2**28
 """Inputs of a call are used again after so many bytes of other rows were read: more than caches hold."""
 MOST_INPUTS = 256
@@ -34,13 +36,14 @@ def read_rates(device: torch.device, sizes: Sequence[int] = READ_BYTES) -> tuple
 
 
 def product_rates(device: torch.device, rows: Sequence[int] = PRODUCT_ROWS) -> tuple[ProductRate, ...]:
-    """FLOPs per second of float32 products of so many rows with a matrix that stays in the caches."""
-    weight_DI = torch.rand(PRODUCT_SHAPE, device=device)
+    """FLOPs per second of float32 products of so many rows with matrices that come from memory, as `F.linear` does."""
+    weights_MID = torch.rand(PRODUCT_MATRICES, *PRODUCT_SHAPE, device=device)
     found = []
     for count in rows:
-        inputs_TD = torch.rand(count, PRODUCT_SHAPE[0], device=device)
-        us = median_us(partial(torch.mm, inputs_TD, weight_DI), device)
-        found.append(ProductRate(rows=count, flops_per_second=2 * count * weight_DI.numel() / us * 1e6))
+        inputs_TD = torch.rand(count, PRODUCT_SHAPE[1], device=device)
+        call = cycle([partial(F.linear, inputs_TD, weight_ID) for weight_ID in weights_MID])
+        us = median_us(call, device)
+        found.append(ProductRate(rows=count, flops_per_second=2 * count * weights_MID[0].numel() / us * 1e6))
     return tuple(found)
 
 

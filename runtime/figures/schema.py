@@ -126,7 +126,7 @@ class ReadRate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProductRate:
-    """A matrix product of `rows` rows with a matrix that lies in the caches."""
+    """A matrix product of `rows` rows with a matrix that comes from memory."""
 
     rows: int
     flops_per_second: float
