@@ -6,9 +6,8 @@ wall time, so that what other processes took is a part of the explanation and no
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from ultramem.runtime.figures.devices import Roofs
 from ultramem.runtime.figures.expected import roofline_us
 from ultramem.runtime.figures.rates import product_rate, read_rate
 from ultramem.runtime.figures.schema import EXPLAINED_WITHIN, MeasuredPoint, ProductRate, ReadRate
+from ultramem.runtime.figures.watched import Watched
 from ultramem.runtime.profile.arithmetic import StageCost
 from ultramem.runtime.profile.measure import Cell, measure_cells, percentile
 from ultramem.runtime.profile.schema import DECODE
@@ -57,19 +57,6 @@ class Case:
     """As many random rows of as large a table."""
     rows_repeats: int = 1
     """How many such reads a call makes: memory layers."""
-
-
-@dataclass(slots=True)
-class Watched:
-    """A call that adds up how long the process had the processor in each of its calls."""
-
-    call: Callable[[], object]
-    cpu_us: list[float] = field(default_factory=list)
-
-    def __call__(self) -> None:
-        start = time.process_time_ns()
-        self.call()
-        self.cpu_us.append((time.process_time_ns() - start) / 1e3)
 
 
 @dataclass(slots=True)

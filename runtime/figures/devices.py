@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ultramem.machine import Machine
-
 THIS = "this"
 
 
@@ -57,16 +55,3 @@ DEVICES = {
     )
 }
 DEVICE_NAMES = (*DEVICES, THIS)
-
-
-def roofs_of(machine: Machine) -> Roofs:
-    """The measured roofs of a machine, in float32, whose matrix product is the one that was measured."""
-    return Roofs(
-        name=THIS,
-        label=machine.device,
-        bytes_per_second=machine.bytes_per_second,
-        flops_per_second=machine.gemm_flops_per_second,
-        memory_bytes=None,
-        element_bytes=4,
-        source="measured on this machine: the better of summing and copying a large array, a square float32 product",
-    )

@@ -12,11 +12,11 @@ from ultramem.machine import measure_machine
 from ultramem.presets import PAPER_VOCABULARY
 from ultramem.runtime.figures.by_arithmetic import figure_claims, figure_points
 from ultramem.runtime.figures.cases import ROUNDS, SECONDS_PER_CELL, Rates
-from ultramem.runtime.figures.devices import DEVICE_NAMES, DEVICES, THIS, Roofs, roofs_of
+from ultramem.runtime.figures.devices import DEVICE_NAMES, DEVICES, THIS, Roofs
 from ultramem.runtime.figures.measured_batch import batch_checks, batch_points
 from ultramem.runtime.figures.measured_table import table_checks, table_points
 from ultramem.runtime.figures.paper import CACHED_TOKENS
-from ultramem.runtime.figures.rates import product_rates, read_rates
+from ultramem.runtime.figures.rates import measured_roofs, product_rates, read_rates
 from ultramem.runtime.figures.schema import FIGURES, Figure, Measured, Setting
 from ultramem.runtime.figures.small_models import CACHED_TOKENS as MEASURED_CACHED_TOKENS
 
@@ -88,7 +88,7 @@ def _measure(figure: int, conditions: str, progress: Callable[[str], None]) -> t
     load_average = os.getloadavg()[0]
     progress("measuring memory bandwidth and matrix products")
     machine = measure_machine(device)
-    rates = Rates(roofs=roofs_of(machine), reads=read_rates(device), products=product_rates(device))
+    rates = Rates(roofs=measured_roofs(machine, device), reads=read_rates(device), products=product_rates(device))
     if figure == 6:
         points = table_points(rates, device, progress=progress)
         checks = table_checks(points)

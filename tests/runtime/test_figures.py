@@ -37,17 +37,18 @@ from ultramem.runtime.figures import (
 )
 from ultramem.runtime.figures.agreement import WrongResultError, is_near, require_logits, require_moe
 from ultramem.runtime.figures.by_arithmetic import figure_claims, figure_points
-from ultramem.runtime.figures.cases import Case, Rates, Timed, Watched, summarize
-from ultramem.runtime.figures.devices import Roofs, roofs_of
+from ultramem.runtime.figures.cases import Case, Rates, Timed, summarize
+from ultramem.runtime.figures.devices import Roofs
 from ultramem.runtime.figures.expected import resident_bytes, sparse_bytes
 from ultramem.runtime.figures.grown_table import make_buffer, memory_config, memory_layer, moe_layer, num_experts
 from ultramem.runtime.figures.log_chart import LogCurve, log_chart, log_ticks
 from ultramem.runtime.figures.measured_batch import batch_checks, batch_points
 from ultramem.runtime.figures.measured_table import Sweep, table_checks, table_points
 from ultramem.runtime.figures.paper import PaperModel, paper_models, sparser
-from ultramem.runtime.figures.rates import cycle, product_rate, product_rates, read_rate, read_rates
+from ultramem.runtime.figures.rates import cycle, measured_roofs, product_rate, product_rates, read_rate, read_rates
 from ultramem.runtime.figures.schema import Measured, MeasuredPoint, ProductRate, ReadRate
 from ultramem.runtime.figures.small_models import SMALL, tiny_twin
+from ultramem.runtime.figures.watched import Watched
 from ultramem.runtime.profile.arithmetic import StageCost
 from ultramem.runtime.profile.measure import Cell
 
@@ -232,6 +233,9 @@ def test_rates_lie_on_lines_between_what_was_measured():
     assert product_rate(RATES.products, 32) == pytest.approx((1e10 + 1e11) / 2)
     assert [rate.array_bytes for rate in read_rates(CPU, (4096, 8192))] == [4096, 8192]
     assert all(rate.flops_per_second > 0 for rate in product_rates(CPU, (1, 2)))
+    roofs = measured_roofs(MACHINE, CPU)
+    assert (roofs.name, roofs.label, roofs.element_bytes) == ("this", "a processor", 4)
+    assert min(roofs.bytes_per_second, roofs.flops_per_second) > 1e8
 
 
 def test_a_cycle_starts_again():
@@ -489,7 +493,7 @@ def test_pages_show_what_the_json_says(figure, measured_batches, measured_tables
         machine=MACHINE, cached_tokens=16, rounds=5, seconds_per_cell=0.01, load_average=0.5, conditions="a <test>",
         read_rates=RATES.reads, product_rates=RATES.products, points=tuple(points), checks=tuple(checks),
     )  # fmt: skip
-    document = to_json(dataclasses.replace(made, device=roofs_of(MACHINE), measured=measured))
+    document = to_json(dataclasses.replace(made, device=ROOFS, measured=measured))
     assert check_document(json.loads(json.dumps(document))) == document
     check_page(document)
     assert "a &lt;test&gt;" in render_figure(document)
