@@ -200,7 +200,8 @@ def checks_section(document: dict[str, Any]) -> str:
             f"accepted {escape(accepted)}: <b>{verdict}</b></li>"
         )
     met = sum(check["met"] for check in checks)
-    return section(f"Checks: {met} of {len(checks)} are met", f"<ul>{''.join(items)}</ul>")
+    note = "Ratios of medians from which the time of other processes is taken away."
+    return section(f"Checks: {met} of {len(checks)} are met", f"<ul>{''.join(items)}</ul>", note=note)
 
 
 def _machine_section(document: dict[str, Any]) -> str:

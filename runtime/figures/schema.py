@@ -115,6 +115,11 @@ class MeasuredPoint:
     reason: str
     """Why ratio is not within 1.5 of 1, as far as the measurements say; empty where it is."""
 
+    @property
+    def busy_us(self) -> float:
+        """The median without the time of other processes: what checks compare, and p50_us where nothing else runs."""
+        return self.p50_us - self.waiting_us
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadRate:
@@ -134,7 +139,7 @@ class ProductRate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """A statement about the measurements that can fail."""
+    """A statement about the measurements, without the time of other processes, that can fail."""
 
     name: str
     value: float
