@@ -60,7 +60,7 @@ def make_figure_of(args: argparse.Namespace) -> dict[str, Any]:
             value = "none" if claim["value"] is None else f"{claim['value']:.3g}"
             print(f"{'holds' if claim['agrees'] else 'does not hold'}: {claim['paper']} ({claim['quantity']}: {value})")
         for check in (document["measured"] or {"checks": ()})["checks"]:
-            predicted = "" if check["predicted"] is None else f", roofline {check['predicted']:.3g}"
+            predicted = "" if check["predicted"] is None else f", predicted {check['predicted']:.3g}"
             print(f"{'met' if check['met'] else 'not met'}: {check['name']}: {check['value']:.3g}{predicted}")
         print(f"{json_path} and {page_path}")
     return document

@@ -127,10 +127,10 @@ def _value(value: float | None) -> str:
 def _measured(document: dict[str, Any]) -> str:
     measured = document["measured"]
     lines = [
-        f"Measured on {measured['machine']['device']}, {measured['machine']['threads']} threads, float32; ratios of medians without the "
-        "time of other processes:",
+        f"Measured on {measured['machine']['device']}, {measured['machine']['threads']} threads, "
+        "float32; ratios of medians without the time of other processes:",
         "",
-        "| check | measured | roofline | accepted | met |",
+        "| check | measured | predicted | accepted | met |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
     for check in measured["checks"]:

@@ -191,7 +191,7 @@ def checks_section(document: dict[str, Any]) -> str:
         here = f"/measured/checks/{index}"
         predicted = ""
         if check["predicted"] is not None:
-            predicted = f", by the roofline {number(number_text(check['predicted']), f'{here}/predicted')}"
+            predicted = f", predicted {number(number_text(check['predicted']), f'{here}/predicted')}"
         high = number_text(check["high"])
         accepted = f"at most {high}" if check["low"] is None else f"{number_text(check['low'])} to {high}"
         verdict = "met" if check["met"] else "not met"

@@ -120,6 +120,11 @@ class MeasuredPoint:
         """The median without the time of other processes: what checks compare, and p50_us where nothing else runs."""
         return self.p50_us - self.waiting_us
 
+    @property
+    def explained_busy_us(self) -> float:
+        """What overhead, random rows and the measured rates of products add up to."""
+        return self.explained_us - self.waiting_us
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadRate:
@@ -144,7 +149,7 @@ class Check:
     name: str
     value: float
     predicted: float | None
-    """What the measured roofs predict for `value`; None where the bound is a number by itself."""
+    """What the measured roofs (or what the name says) predict for `value`; None where nothing does."""
     low: float | None
     high: float | None
     met: bool

@@ -358,7 +358,11 @@ def test_a_sweep_over_batches_measures_every_family(measured_batches):
     assert 10 < used["moe", 16].used <= 31
     assert 16 <= used["ultramem", 1].used <= 32  # slots, two heads of 16
     assert used["dense", 16].used == used["dense", 16].rows_us == 0
-    (check,) = batch_checks(measured_batches)
+    check, explained = batch_checks(measured_batches)
+    assert explained.value == check.value
+    assert explained.predicted == pytest.approx(
+        used["moe", 16].explained_busy_us / used["ultramem", 16].explained_busy_us
+    )
     assert check.value == pytest.approx(used["moe", 16].busy_us / used["ultramem", 16].busy_us)
     assert check.predicted == pytest.approx(used["moe", 16].roofline_us / used["ultramem", 16].roofline_us)
     assert check.met is (check.low <= check.value <= check.high)
