@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ultramem.runtime.figures import FIGURES, check_document
+from ultramem.runtime.figures.schema import EXPLAINED_WITHIN
 from ultramem.runtime.profile.units import bytes_text, number_text, share_text, time_text
 
 HERE = Path(__file__).resolve().parent
@@ -127,7 +128,7 @@ def _value(value: float | None) -> str:
 def _measured(document: dict[str, Any]) -> str:
     measured = document["measured"]
     lines = [
-        f"Measured on {measured['machine']['device']}, {measured['machine']['threads']} threads, "
+        f"Measured on {measured['machine']['device']}, threads: {measured['machine']['threads']}, "
         "float32; ratios of medians without the time of other processes:",
         "",
         "| check | measured | predicted | accepted | met |",
@@ -146,15 +147,32 @@ def _measured(document: dict[str, Any]) -> str:
         f"Of {len(measured['points'])} measurements {len(far)} differ from the roofline by over 1.5 times; "
         f"{len(far) - len(unexplained)} of these are explained within 1.5 times by waiting for other processes, "
         "overhead of calls, random rows and products of few rows, each measured by itself; "
-        f"{len(unexplained)} are not explained in full:",
+        f"{len(unexplained)} are not explained in full.",
         "",
     ]
     lines += [
         f"- {point['series']} ({point['engine']}), {_x(document, point)}: {time_text(point['p50_us'])}, "
         f"{number_text(point['ratio'])} times the roofline; {point['reason']}"
         for point in unexplained
-    ] or ["- none"]
+    ]
+    lines += ["", _without_waiting(measured["points"])]
     return "\n".join(lines)
+
+
+def _without_waiting(points: list[dict[str, Any]]) -> str:
+    """How far the parts explain what is left when the time of other processes is taken away."""
+    near = sum(
+        1 / EXPLAINED_WITHIN
+        <= (point["p50_us"] - point["waiting_us"]) / (point["explained_us"] - point["waiting_us"])
+        <= EXPLAINED_WITHIN
+        for point in points
+    )
+    share = sum(point["waiting_us"] for point in points) / sum(point["p50_us"] for point in points)
+    return (
+        f"Other processes took {share_text(share)} of the time of these calls, so the ratios of wall time to roofline "
+        f"say little by themselves. Of what is left, overhead, random rows and products explain {near} of "
+        f"{len(points)} within {EXPLAINED_WITHIN:g} times."
+    )
 
 
 def _x(document: dict[str, Any], point: dict[str, Any]) -> str:
