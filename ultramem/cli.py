@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ultramem.config import TrainConfig, from_dict
 from ultramem.data_cli import add_data_commands
+from ultramem.figure_cli import add_figure_options, make_figure_of, refuse_without_figure
 from ultramem.generate_cli import ENGINES, EXPORTS, add_generate_command
 from ultramem.train_cli import add_train_commands
 
@@ -106,7 +107,8 @@ def _build_parser() -> _Parser:
     sub.add_argument("--decode", action="store_true", help="a graph of one new token; in AOTInductor beside the other")
 
     sub = command("profile", _profile, "Latency of a run or preset by engine, batch and stage.")
-    sub.add_argument("target", metavar="RUN|PRESET")
+    sub.add_argument("target", metavar="RUN|PRESET", nargs="?")
+    add_figure_options(sub)
     sub.add_argument("--engine", default="eager", metavar="E[,E...]", help=f"of {', '.join(ENGINES)} (default: eager)")
     sub.add_argument("--batch", default="1,8", metavar="B[,B...]", help="(default: 1,8)")
     sub.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="length of the prefill (default: 128)")
@@ -241,6 +243,9 @@ def _held_out_bits(run_folder: Path) -> typing.Callable[[Transformer], float] | 
 
 
 def _profile(args: argparse.Namespace) -> dict[str, Any]:
+    if args.figure is not None:
+        return make_figure_of(args)
+    refuse_without_figure(args)
     engines = _choices("engine", args.engine, ENGINES)
     batches = _positive_ints("batch", args.batch)
     from ultramem.graph.weights import write_atomically
