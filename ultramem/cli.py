@@ -331,6 +331,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
     from ultramem.runtime.profile import print_profile, profile, to_json
     from ultramem.runtime.profile.baseline import change_table, compare, parse_limits
     from ultramem.runtime.profile.chrome_trace import chrome_trace
+    from ultramem.runtime.profile.table import wide_console
     from ultramem.runtime.report import render_profile, write_report
 
     limits = () if args.fail_if is None else parse_limits(args.fail_if)
@@ -365,9 +366,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
         return document
     changes = compare(baseline, document, limits)
     if not args.json:
-        from rich.console import Console
-
-        Console().print(change_table(changes))
+        wide_console().print(change_table(changes))
     args.exit_code = 1 if any(change.fails for change in changes) else 0
     return {**document, "changes": [dataclasses.asdict(change) for change in changes]}
 

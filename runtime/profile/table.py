@@ -11,13 +11,14 @@ from ultramem.runtime.profile.arithmetic import STAGES
 from ultramem.runtime.profile.schema import DECODE, Profile, StageTimes
 from ultramem.runtime.profile.units import bytes_text, number_text, scaled_text, share_text, time_text
 
+FILE_WIDTH = 200
 SHOWN_NODES = 8
 """Nodes an engine in the terminal; profile.json and report.html have them all."""
 
 
 def print_profile(profile: Profile, console: Console | None = None) -> None:
     """Print engines, requests, latency, stages and the longest nodes as tables."""
-    console = console or Console()
+    console = console or wide_console()
     machine, settings = profile.machine, profile.settings
     console.print(
         f"[bold]{profile.model.name}[/bold], {scaled_text(profile.model.parameters, '').strip()} parameters, "
@@ -31,6 +32,12 @@ def print_profile(profile: Profile, console: Console | None = None) -> None:
     console.print(node_table(profile))
     if profile.row_use:
         console.print(row_table(profile))
+
+
+def wide_console() -> Console:
+    """The terminal as it is; a file or pipe gets lines that are wide enough for every table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=FILE_WIDTH)
 
 
 def engine_table(profile: Profile) -> Table:

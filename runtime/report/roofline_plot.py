@@ -13,6 +13,9 @@ from ultramem.runtime.report.page import escape
 MARGIN = 1.8
 """Factor of room around the points and beyond the corner of the roofs."""
 
+LABEL_WIDTH, LABEL_HEIGHT = 26.0, 5.5
+"""Room of a label on a phone, in percent of the plot."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
@@ -51,7 +54,7 @@ def roofline_plot(points: Sequence[Point], *, bytes_per_second: float, flops_per
         f'<line class="gridline" y1="0" y2="100" x1="{place(mark, y_low)[0]:.2f}" x2="{place(mark, y_low)[0]:.2f}"/>'
         for mark in x_marks
     ]
-    dots = "".join(_dot(point, *place(point.flops_per_byte, point.flops_per_second)) for point in shown)
+    dots = _dots([(point, *place(point.flops_per_byte, point.flops_per_second)) for point in shown])
     y_labels = "".join(
         f'<span style="top:{place(x_low, mark)[1]:.2f}%">{scaled_text(mark, "").replace(".00", "")}</span>'
         for mark in y_marks
@@ -73,13 +76,22 @@ def decades(low: float, high: float) -> list[float]:
     return marks[:: 2 if len(marks) > 6 else 1]
 
 
-def _dot(point: Point, x: float, y: float) -> str:
-    look = f"border-color:{point.color}" if point.is_bound else f"background:{point.color}"
-    # A label at the right edge would leave the box.
-    side = "left" if x > 78 else "right"
-    return (
-        f'<i class="dot{" ring" if point.is_bound else ""}" style="left:{x:.2f}%;top:{y:.2f}%;{look}" '
-        f'title="{escape(point.tooltip)}"></i>'
-        f'<span class="dot-label {side}" style="left:{percent(x / 100)};top:{percent(y / 100)}">'
-        f"{escape(point.label)}</span>"
-    )
+def _dots(placed: Sequence[tuple[Point, float, float]]) -> str:
+    """Dots at percents of the box; a label that would cover another is left to the colour and the tooltip."""
+    parts: list[str] = []
+    labelled: list[tuple[float, float]] = []
+    for point, x, y in placed:
+        look = f"border-color:{point.color}" if point.is_bound else f"background:{point.color}"
+        parts.append(
+            f'<i class="dot{" ring" if point.is_bound else ""}" style="left:{x:.2f}%;top:{y:.2f}%;{look}" '
+            f'title="{escape(point.tooltip)}"></i>'
+        )
+        if any(abs(x - left) < LABEL_WIDTH and abs(y - top) < LABEL_HEIGHT for left, top in labelled):
+            continue
+        labelled.append((x, y))
+        side = "left" if x > 100 - LABEL_WIDTH else "right"  # it would leave the box on the other
+        parts.append(
+            f'<span class="dot-label {side}" style="left:{percent(x / 100)};top:{percent(y / 100)}">'
+            f"{escape(point.label)}</span>"
+        )
+    return "".join(parts)
