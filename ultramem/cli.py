@@ -402,6 +402,8 @@ def _check_earlier(
 
 def _model_to_profile(target: str, out: Path) -> tuple[Transformer, Path]:
     """The model of a run folder, or a preset's with fresh weights; and where its exported engines belong."""
+    import torch
+
     from ultramem.graph.transformer import build_model
     from ultramem.graph.weights import load
     from ultramem.presets import preset, presets
@@ -409,6 +411,7 @@ def _model_to_profile(target: str, out: Path) -> tuple[Transformer, Path]:
     if Path(target).is_dir():
         return load(target), Path(target) / "exports"
     if target in presets():
+        torch.manual_seed(0)  # the same weights at every call, so that profiles of a preset can be compared
         return build_model(preset(target)).eval(), out / "exports"
     raise FileNotFoundError(f"target must be a run folder or one of {', '.join(presets())}, got {target!r}")
 

@@ -89,6 +89,6 @@ def _same_name(event: str, kernel: str) -> bool:
     """Whether a profiler event is this kernel: "graph_0_cpp_x" is "cpp_x", "aten::mm" is "extern_kernels.mm"."""
     if re.sub(r"^graph_\d+_", "", event) == kernel:
         return True
-    operator = event.partition("::")[2]
-    plain = kernel.removeprefix("torch.ops.").removeprefix("extern_kernels.").removeprefix("aten.")
+    namespace, _, operator = event.partition("::")
+    plain = kernel.removeprefix("torch.ops.").removeprefix("extern_kernels.").removeprefix(f"{namespace}.")
     return bool(operator) and plain.split(".")[0] == operator.split(".")[0]

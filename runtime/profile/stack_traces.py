@@ -10,6 +10,7 @@ from functools import cache
 from torch import nn
 
 from ultramem.graph import memory_layer, memory_output, moe, transformer, value_table
+from ultramem.graph.fold_for_inference import FoldedScore
 from ultramem.runtime.profile.modules import in_order
 
 _LINEAR_STAGES = ("head",)
@@ -56,6 +57,7 @@ def _stage_sources() -> list[tuple[str, int, int, str]]:
     classes = (
         (memory_layer.Query, "query"),
         (memory_layer.Score, "score"),
+        (FoldedScore, "score"),
         (memory_layer.Select, "select"),
         (memory_layer.Lookup, "lookup"),
         (value_table.ValueTable, "lookup"),

@@ -154,7 +154,7 @@ def node_table(profile: Profile) -> Table:
     for times in profile.stages:
         if (times.phase, times.batch) != (DECODE, batch):
             continue
-        for row in sorted(times.nodes, key=lambda row: -row.time_us)[:SHOWN_NODES]:
+        for row in sorted(times.nodes, key=lambda row: -row.p50_us)[:SHOWN_NODES]:
             table.add_row(
                 times.engine,
                 modules_text(row.modules),

@@ -37,8 +37,8 @@ def _headline(source: Source) -> str:
     parts = []
     for _, times in chosen(source.profile["stages"], phase="decode", batch=batch):
         if times["nodes"]:
-            node = max(times["nodes"], key=lambda node: node["time_us"])
-            share = share_text(node["time_us"] / times["wall_us"])
+            node = max(times["nodes"], key=lambda node: node["p50_us"])
+            share = share_text(node["p50_us"] / times["wall_us"])
             parts.append(f"{_modules_text(node['modules'])} takes {share} on {engine_name(times['engine'])}")
     what = f"Longest node of a decode step of {source.name}: " if parts else f"Nodes of {source.name}: none are known"
     return what + ", ".join(parts)
@@ -47,11 +47,11 @@ def _headline(source: Source) -> str:
 def _node_table(source: Source, phase: str, batch: int) -> str:
     rows, starts = list[list[Cell]](), list[int]()
     for place, times in chosen(source.profile["stages"], phase=phase, batch=batch):
-        order = sorted(range(len(times["nodes"])), key=lambda index: -times["nodes"][index]["time_us"])
+        order = sorted(range(len(times["nodes"])), key=lambda index: -times["nodes"][index]["p50_us"])
         starts.append(len(rows))
         for index in order[:SHOWN]:
             node, here = times["nodes"][index], f"{source.pointer}/stages/{place}/nodes/{index}"
-            share = node["time_us"] / times["wall_us"]
+            share = node["p50_us"] / times["wall_us"]
             rows.append(
                 [
                     text_cell(engine_name(times["engine"])),

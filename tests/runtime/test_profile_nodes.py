@@ -11,10 +11,12 @@ import torch
 from profile_cases import MACHINE, Eager, make_model, make_profile
 from torch.autograd.profiler import record_function
 
+from ultramem.export.program import FlatModel, example_inputs
+from ultramem.graph import fold_for_inference
 from ultramem.runtime.profile import STAGES, Profile, profile
 from ultramem.runtime.profile.eager_stages import eager_runs
 from ultramem.runtime.profile.inductor_kernels import Kernel, modules_of_graph, packaged_kernels
-from ultramem.runtime.profile.inductor_stages import kernel_stages
+from ultramem.runtime.profile.inductor_stages import _same_name, kernel_stages
 from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.modules import module_of_path, module_of_stack, stage_of_path
 from ultramem.runtime.profile.onnx_stages import node_runs
@@ -248,6 +250,34 @@ def test_what_cannot_be_divided_is_reported_whole(graphs: list[list[Kernel]], no
     times = kernel_stages(profiled_cell(), graphs, repeats=3)
     assert (times.rows, times.method, times.wall_us, times.unattributed_us) == ((), "not separable", 5.0, 5.0)
     assert note in times.note
+
+
+@pytest.mark.parametrize(
+    ("event", "kernel", "same"),
+    [
+        ("graph_0_cpp_fused_add_0", "cpp_fused_add_0", True),
+        ("aten::mm", "extern_kernels.mm", True),
+        ("aten::topk", "torch.ops.aten.topk.default", True),
+        ("ultramem_native::lookup_reduce", "torch.ops.ultramem_native.lookup_reduce.default", True),
+        ("ultramem_native::lookup_dot", "torch.ops.ultramem_native.lookup_reduce.default", False),
+        ("other::topk", "torch.ops.aten.topk.default", False),
+        ("aoti_torch_cpu_mm_out", "aoti_torch_cpu_mm_out", True),
+    ],
+)
+def test_an_event_is_its_kernel(event: str, kernel: str, same: bool) -> None:
+    assert _same_name(event, kernel) == same
+
+
+def test_a_folded_score_is_a_score() -> None:
+    folded = FlatModel(fold_for_inference(make_model()))
+    with torch.no_grad():
+        exported = torch.export.export(folded, example_inputs(make_model()))
+    (trace, *_) = [
+        node.meta["stack_trace"]
+        for node in exported.graph.nodes
+        if str(node.target).startswith("aten.einsum") and "memories" in str(node.meta["nn_module_stack"])
+    ]
+    assert stages_of_traces([trace]) == ("score",)
 
 
 def test_kernels_of_a_package(tmp_path: Path) -> None:
