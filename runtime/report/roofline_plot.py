@@ -56,8 +56,7 @@ def roofline_plot(points: Sequence[Point], *, bytes_per_second: float, flops_per
     ]
     dots = _dots([(point, *place(point.flops_per_byte, point.flops_per_second)) for point in shown])
     y_labels = "".join(
-        f'<span style="top:{place(x_low, mark)[1]:.2f}%">{scaled_text(mark, "").replace(".00", "")}</span>'
-        for mark in y_marks
+        f'<span style="top:{place(x_low, mark)[1]:.2f}%">{_decade_text(mark)}</span>' for mark in y_marks
     )
     x_labels = "".join(f'<span style="left:{place(mark, y_low)[0]:.2f}%">{mark:g}</span>' for mark in x_marks)
     return (
@@ -74,6 +73,11 @@ def decades(low: float, high: float) -> list[float]:
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     marks = [10.0**power for power in range(first, last + 1)]
     return marks[:: 2 if len(marks) > 6 else 1]
+
+
+def _decade_text(mark: float) -> str:
+    """ "10 G": a power of ten has no digits behind the point."""
+    return scaled_text(mark, "").replace(".00", "").replace(".0 ", " ")
 
 
 def _dots(placed: Sequence[tuple[Point, float, float]]) -> str:

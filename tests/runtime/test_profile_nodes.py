@@ -346,7 +346,9 @@ def test_every_engine_shows_its_stages_and_modules(tmp_path: Path) -> None:
         assert covered == set(STAGES), (times.engine, times.batch, times.phase, covered)
         assert 0 < times.coverage <= 1
         modules = {module for row in times.nodes for module in row.modules}
-        assert weighty <= modules, (times.engine, times.batch, times.phase, weighty - modules)
+        # ONNX Runtime fuses norms with what is before them, and its name for that is no module's.
+        expected = {module for module in weighty if module and not (times.engine == "onnx" and "norm" in module)}
+        assert expected <= modules, (times.engine, times.batch, times.phase, expected - modules)
         assert times.launches == sum(row.calls for row in times.nodes)
         explained_us = sum(row.time_us for row in times.nodes)
         assert explained_us == pytest.approx(sum(row.time_us for row in times.rows))
