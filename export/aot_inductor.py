@@ -46,13 +46,21 @@ _OTHER_ENTRIES = frozenset(
 
 def write_aoti(model: Transformer, options: ExportOptions, folder: Path) -> tuple[PassRecord, ...]:
     """Write a package of one graph, or with `decode` of two: "model", for any sizes, and "decode", for one token."""
+    return records_of(export_aoti(_captured(model, options), folder))
+
+
+def lowered_programs(model: Transformer, options: ExportOptions) -> dict[str, Program]:
+    """The graphs that a package of `model` is compiled from, by name; their nodes are named the same every time."""
+    return {name: _lower(program) for name, program in _captured(model, options).items()}
+
+
+def _captured(model: Transformer, options: ExportOptions) -> dict[str, Program]:
     if options.device == "cuda":
         model = shared_copy(model, tensors=lambda tensor: tensor.to("cuda"))
     sizes = {"model": (options.batch, options.static[1] if options.static else None)}
     if options.decode and options.static is None:
         sizes["decode"] = (None, 1)
-    programs = {name: capture(model, batch=batch, seq=seq) for name, (batch, seq) in sizes.items()}
-    return records_of(export_aoti(programs, folder))
+    return {name: capture(model, batch=batch, seq=seq) for name, (batch, seq) in sizes.items()}
 
 
 def export_aoti(

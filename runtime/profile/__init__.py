@@ -1,13 +1,15 @@
-"""Where a model's time goes: latency on each engine, by stage, against bytes, FLOPs and this machine's roofs."""
+"""Where a model's time goes: latency on each engine, by request, stage and node, against bytes, FLOPs and roofs."""
 
 from ultramem.machine import Machine, measure_machine
 from ultramem.runtime.profile.arithmetic import MEMORY_STAGES, STAGES, StageCost, stage_costs
-from ultramem.runtime.profile.inductor_stages import COMPILE_OPTIONS
+from ultramem.runtime.profile.inductor_kernels import COMPILE_OPTIONS
 from ultramem.runtime.profile.measure import Engine, WrongLogitsError
 from ultramem.runtime.profile.profiler import profile
+from ultramem.runtime.profile.request_schema import Request, RowUse
 from ultramem.runtime.profile.schema import (
     EngineRecord,
     Latency,
+    NodeRow,
     Profile,
     ProfiledModel,
     Settings,
@@ -27,8 +29,11 @@ __all__ = [
     "EngineRecord",
     "Latency",
     "Machine",
+    "NodeRow",
     "Profile",
     "ProfiledModel",
+    "Request",
+    "RowUse",
     "Settings",
     "StageArithmetic",
     "StageCost",

@@ -1,10 +1,10 @@
-"""Stages of ONNX Runtime: its own profile of the nodes, whose names say which part of the model they belong to."""
+"""Stages and nodes of ONNX Runtime: its own profile of the nodes, whose names say which part of the model they are."""
 
 from __future__ import annotations
 
+import ast
 import json
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ import numpy as np
 from torch import Tensor
 
 from ultramem.runtime.profile.measure import Cell, Inputs
+from ultramem.runtime.profile.modules import BETWEEN, module_of_path, module_of_stack, stage_of_module
 from ultramem.runtime.profile.schema import DECODE, StageTimes
-from ultramem.runtime.profile.stages import Run, stage_of_path, summarize
+from ultramem.runtime.profile.stages import NodeTime, Run, summarize
 
-METHOD = "ONNX Runtime's profile of its nodes; a norm counts with the attention or MLP behind it"
+METHOD = "ONNX Runtime's profile of its nodes; a norm that it fused counts with the attention or MLP behind it"
 _KERNEL_SUFFIX = "_kernel_time"
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def onnx_stages(model_path: Path, cell: Cell, inputs: Inputs, *, repeats: int) -> StageTimes:
@@ -46,8 +48,23 @@ def onnx_stages(model_path: Path, cell: Cell, inputs: Inputs, *, repeats: int) -
             session.run(None, feeds)
         events = json.loads(Path(session.end_profiling()).read_text())
         parts = stages_of_optimized_model(options.optimized_model_filepath)
-    stage_of_node = {name: stage_of_path(part) or "other" for name, part in parts.items()}
-    return summarize(cell, METHOD, stage_runs(events, stage_of_node)[-repeats:])
+    modules = {name: module_of_path(part) or BETWEEN for name, part in parts.items()}
+    exact = modules_of_file(model_path)
+    modules = {name: exact.get(name, module) for name, module in modules.items()}
+    return summarize(cell, METHOD, node_runs(events, modules)[-repeats:])
+
+
+def modules_of_file(model_path: Path) -> dict[str, str]:
+    """The module of each node by its name, from the scopes that torch.onnx wrote into the node's metadata."""
+    import onnx
+
+    found = {}
+    for node in onnx.load(str(model_path), load_external_data=False).graph.node:
+        scopes = {each.key: each.value for each in node.metadata_props}.get(_SCOPES)
+        if scopes is not None:
+            *paths, _ = ast.literal_eval(scopes)  # the last is the node's own name
+            found[node.name] = module_of_stack(paths)
+    return found
 
 
 def _feeds(session: Any, input_ids_BS: Tensor, outputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,21 +89,35 @@ def _feeds(session: Any, input_ids_BS: Tensor, outputs: Mapping[str, Any]) -> di
     return feeds
 
 
-def stage_runs(events: Iterable[dict[str, Any]], stage_of_node: Mapping[str, str]) -> list[Run]:
-    """Each run of the session in ONNX Runtime's profile: its wall time and the time of its nodes, by stage."""
+def node_runs(events: Iterable[dict[str, Any]], modules: Mapping[str, str]) -> list[Run]:
+    """Each run of the session in ONNX Runtime's profile: its wall time and its nodes.
+
+    Nodes that `modules` lacks are those inside of a loop or branch: the node that holds them has their time.
+    """
     spans: list[tuple[float, float]] = []
-    nodes: list[tuple[float, float, str | None]] = []
+    found: list[tuple[float, float, str, str]] = []
     for event in events:
         if event.get("name") == "model_run":
             spans.append((event["ts"], event["dur"]))
         elif event.get("cat") == "Node" and event["name"].endswith(_KERNEL_SUFFIX):
             name = event["name"].removesuffix(_KERNEL_SUFFIX)
-            nodes.append((event["ts"], event["dur"], stage_of_node.get(name)))
+            if name in modules:
+                found.append((event["ts"], event["dur"], name, event.get("args", {}).get("op_name", "")))
+    found.sort()
     runs = []
     for start, duration in sorted(spans):
-        stage_us: dict[tuple[str, ...], float] = defaultdict(float)
-        for node_start, node_us, stage in nodes:
-            if stage is not None and start <= node_start < start + duration:
-                stage_us[(stage,)] += node_us
-        runs.append(Run(duration, dict(stage_us)))
+        nodes = tuple(
+            NodeTime(
+                node=name,
+                kind=operator,
+                modules=(modules[name],),
+                stages=(stage_of_module(modules[name]),),
+                start_us=node_start - start,
+                time_us=node_us,
+                span_us=node_us,
+            )
+            for node_start, node_us, name, operator in found
+            if start <= node_start < start + duration
+        )
+        runs.append(Run(duration, nodes))
     return runs

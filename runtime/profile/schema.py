@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ultramem.machine import Machine
+from ultramem.runtime.profile.request_schema import Request, RowUse
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KIND = "ultramem-profile"
 
 PREFILL = "prefill"
@@ -36,8 +37,10 @@ class Settings:
     batches: tuple[int, ...]
     prompt_tokens: int
     """Tokens of a prefill, and tokens in the cache before each decode step."""
+    new_tokens: int
+    """Tokens that a request generates, its first one included."""
     seconds_per_cell: float
-    """Time given to one engine, batch and phase."""
+    """Time given to one engine, batch and phase, and to the requests of one engine and batch."""
     max_samples: int
     rounds: int
     """The engines take turns (A B A B) this many times."""
@@ -46,11 +49,23 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRecord:
-    """An engine, and how far its logits are from eager's."""
+    """An engine: what it takes before the first token, and how far its logits are from eager's."""
 
     name: str
     prepare_seconds: float
-    """Opening, compiling and warming up, before any sample."""
+    """All that comes before any sample; the sum of the three that follow."""
+    export_seconds: float
+    """Writing the export; 0 where it was there, or the engine needs none."""
+    open_seconds: float
+    """Loading the export, or wrapping the model; 0 for an engine that was passed open."""
+    warm_up_seconds: float
+    """The first prefill and decode step at every batch: what compiles at the first call compiles here."""
+    graphs: int
+    """Graphs that torch.compile made meanwhile."""
+    graph_breaks: int
+    memory_bytes: int | None
+    """Highest resident memory while preparing, less the resident memory before; None where it is not known."""
+    memory_method: str
     max_abs_difference: float
     """Largest difference of a logit from eager's, over prefill and decode at every batch."""
     tolerance: float
@@ -77,6 +92,10 @@ class Latency:
     """Lowest median of a round."""
     round_p50_high_us: float
     """Highest median of a round: with the lowest, how far the machine drifted while measuring."""
+    round_p50_us: tuple[float, ...]
+    """Median of each round."""
+    round_p90_us: tuple[float, ...]
+    round_p99_us: tuple[float, ...]
     tokens_per_second: float
     """batch * new_tokens / p50."""
     bandwidth_share: float
@@ -92,7 +111,51 @@ class StageRow:
     stages: tuple[str, ...]
     """More than one: kernels that the compiler fused over these stages."""
     time_us: float
+    """Per forward, mean of the faster half of the runs: the rows and the rest add up."""
+    p50_us: float
+    """Of all runs, as p90 and p99."""
+    p90_us: float
+    p99_us: float
+    calls: int
+    """Nodes of the graph that ran in it per forward."""
+    is_whole: bool
+    """False: other rows hold a part of these stages too, so that the time is less than the stages take."""
+    flops: int | None
+    """By arithmetic; None for kernels that compute parts of several stages."""
+    bytes: int | None
+    flops_per_byte: float | None
+    """Arithmetic intensity."""
+    bandwidth_share: float | None
+    """Bytes / time / measured bandwidth; where the row is not whole, an upper bound."""
+    compute_share: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeRow:
+    """Time in one node of the graph that really ran: an operator, or a generated kernel."""
+
+    node: str
+    """The engine's own name of it, unique in the graph."""
+    kind: str
+    """Operator or kernel, or "module" for a module's time outside its operators."""
+    modules: tuple[str, ...]
+    """Paths of the modules that it computes for, which rows of all engines have in common; "model" stands for what
+    lies between them. Empty where the engine does not say."""
+    fx_nodes: tuple[str, ...]
+    """Nodes of the captured graph that went into a generated kernel."""
+    stages: tuple[str, ...]
+    calls: int
     """Per forward."""
+    time_us: float
+    """Per forward, mean of the faster half of the runs."""
+    p50_us: float
+    """Of all runs, as p90 and p99."""
+    p90_us: float
+    p99_us: float
+    fastest_start_us: float
+    """Where it began in the fastest run, from the start of the forward."""
+    fastest_span_us: float
+    """How long it took there, with what it called."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,11 +167,22 @@ class StageTimes:
     phase: str
     method: str
     """How the stages were told apart."""
+    runs: int
+    """Instrumented forwards."""
     wall_us: float
-    """Of the instrumented forward, which is slower than `Latency.p50_us`."""
+    """Of the instrumented forward, mean of the faster half, which is slower than `Latency.p50_us`."""
+    wall_ratio: float
+    """wall_us / p50_us of the same engine, batch and phase: what the instruments cost, and the faster half gains."""
+    fastest_us: float
+    """Wall time of the fastest instrumented forward."""
+    max_abs_difference: float
+    """Parity error of the engine, as in its `EngineRecord`."""
     rows: tuple[StageRow, ...]
+    nodes: tuple[NodeRow, ...]
+    launches: int
+    """Kernels or operators that the forward launched, those outside the stages included."""
     unattributed_us: float
-    """In no stage: the framework's own work, and operators outside the stages."""
+    """In no stage: the framework's own work between kernels and operators."""
     coverage: float
     """Share of the wall time that the rows explain."""
     note: str
@@ -142,14 +216,17 @@ class Profile:
     machine: Machine
     settings: Settings
     engines: tuple[EngineRecord, ...]
+    requests: tuple[Request, ...]
     latency: tuple[Latency, ...]
     stages: tuple[StageTimes, ...]
     arithmetic: tuple[StageArithmetic, ...]
+    row_use: tuple[RowUse, ...]
+    """None of a model without a memory."""
 
 
 def to_json(profile: Profile) -> dict[str, Any]:
     """A JSON-ready document with its format version."""
-    document: dict[str, Any] = _plain({"kind": KIND, "format_version": FORMAT_VERSION, **dataclasses.asdict(profile)})
+    document: dict[str, Any] = plain({"kind": KIND, "format_version": FORMAT_VERSION, **dataclasses.asdict(profile)})
     document["machine"]["bytes_per_second"] = profile.machine.bytes_per_second
     return document
 
@@ -168,10 +245,10 @@ def check_document(document: Any) -> dict[str, Any]:
     return dict(document)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tuples as lists, as they come back from a file."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value

@@ -1,71 +1,80 @@
-"""Time by stage: which module is which stage, what the ways of measuring share, and eager's own way."""
+"""Time by node and by stage: what the ways of measuring share."""
 
 from __future__ import annotations
 
-import re
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, TypeVar
 
-import torch
-from torch import nn
-
-from ultramem.machine import synchronize
 from ultramem.runtime.profile.arithmetic import STAGES
 from ultramem.runtime.profile.measure import Cell, percentile
-from ultramem.runtime.profile.schema import StageRow, StageTimes
+from ultramem.runtime.profile.schema import NodeRow, StageRow, StageTimes
 
-# A table is a layer's own or the model's, and its time is part of the lookup that calls it.
-_TABLE = re.compile(r"(?:^|\.)table(?=\.|$)")
-# Where the stages are in the model: the module's path, behind any prefix that a wrapper adds.
-_PATHS = (
-    (re.compile(r"(?:^|\.)memories\.\d+\.(query|score|select|lookup|expand)(?=\.|$)"), None),
-    (_TABLE, "lookup"),
-    (re.compile(r"(?:^|\.)blocks\.\d+\.(attention|mlp)(?=\.|$)"), None),
-    (re.compile(r"(?:^|\.)head(?=\.|$)"), "head"),
-    (re.compile(r"(?:^|\.)(?:blocks\.\d+\.(?:attention_norm|mlp_norm)|norm|embedding)(?=\.|$)"), "other"),
-)
+Key = TypeVar("Key", bound=Hashable)
+
+MODULE_KIND = "module"
+"""Kind of a node that is a module's time outside its operators, or the whole of a module: it launches nothing."""
+
+
+class NodeTime(NamedTuple):
+    """One node of one forward."""
+
+    node: str
+    kind: str
+    modules: tuple[str, ...]
+    stages: tuple[str, ...]
+    start_us: float
+    """From the start of the forward."""
+    time_us: float
+    """Its own: that of all nodes adds up to at most the wall time."""
+    span_us: float
+    """From its start to its end."""
+    fx_nodes: tuple[str, ...] = ()
 
 
 class Run(NamedTuple):
-    """One instrumented forward: its wall time, and the time of each set of stages."""
+    """One instrumented forward: its wall time, and its nodes in the order of their start."""
 
     wall_us: float
-    stage_us: dict[tuple[str, ...], float]
+    nodes: tuple[NodeTime, ...]
 
 
-def stage_of_path(path: str) -> str | None:
-    """The stage that the module at `path` belongs to; None if it belongs to none."""
-    for pattern, stage in _PATHS:
-        match = pattern.search(path)
-        if match:
-            return stage or match.group(1)
-    return None
+class _Times(NamedTuple):
+    """Of one node or stage over the runs."""
 
-
-def in_order(stages: Iterable[str]) -> tuple[str, ...]:
-    """Each stage once, in the order in which the model runs them."""
-    return tuple(sorted(set(stages), key=STAGES.index))
+    time_us: float
+    p50_us: float
+    p90_us: float
+    p99_us: float
+    calls: int
 
 
 def summarize(cell: Cell, method: str, runs: Sequence[Run]) -> StageTimes:
-    """Mean of the faster half of the runs, the least disturbed ones: rows and rest add up to the wall time."""
-    kept = sorted(runs, key=lambda run: run.wall_us)[: (len(runs) + 1) // 2]
+    """Rows by stage and by node; bytes, FLOPs and parity are for whoever knows them (`with_roofs`).
+
+    Times are the mean of the faster half of the runs, the least disturbed ones, so that rows and rest add up to the
+    wall time; percentiles are those of all runs.
+    """
+    by_speed = sorted(runs, key=lambda run: run.wall_us)
+    kept = by_speed[: (len(runs) + 1) // 2]
     wall_us = sum(run.wall_us for run in kept) / len(kept)
-    total_us: dict[tuple[str, ...], float] = defaultdict(float)
-    for run in kept:
-        for stages, stage_us in run.stage_us.items():
-            total_us[stages] += stage_us / len(kept)
-    order = sorted(total_us, key=lambda stages: (len(stages) > 1, [STAGES.index(stage) for stage in stages]))
-    explained_us = sum(total_us.values())
+    stage_times = _times(by_speed, len(kept), lambda node: node.stages)
+    order = sorted(stage_times, key=lambda stages: (len(stages) > 1, [STAGES.index(stage) for stage in stages]))
+    explained_us = sum(times.time_us for times in stage_times.values())
+    rows = tuple(_stage_row(stages, stage_times[stages], order) for stages in order)
     return StageTimes(
         engine=cell.engine,
         batch=cell.batch,
         phase=cell.phase,
         method=method,
+        runs=len(runs),
         wall_us=wall_us,
-        rows=tuple(StageRow(stages=stages, time_us=total_us[stages]) for stages in order),
+        wall_ratio=wall_us / percentile(cell.samples_us, 0.5),
+        fastest_us=by_speed[0].wall_us,
+        max_abs_difference=0.0,
+        rows=rows,
+        nodes=_node_rows(by_speed, len(kept)),
+        launches=sum(row.calls for row in rows),
         unattributed_us=wall_us - explained_us,
         coverage=explained_us / wall_us,
         note="",
@@ -80,45 +89,75 @@ def not_separable(cell: Cell, note: str) -> StageTimes:
         batch=cell.batch,
         phase=cell.phase,
         method="not separable",
+        runs=0,
         wall_us=wall_us,
+        wall_ratio=1.0,
+        fastest_us=wall_us,
+        max_abs_difference=0.0,
         rows=(),
+        nodes=(),
+        launches=0,
         unattributed_us=wall_us,
         coverage=0.0,
         note=note,
     )
 
 
-def eager_stages(model: nn.Module, cell: Cell, *, repeats: int, device: torch.device) -> StageTimes:
-    """Hooks around the modules that are stages."""
-    started: list[float] = []
-    stage_us: dict[tuple[str, ...], float] = defaultdict(float)
+def _stage_row(stages: tuple[str, ...], times: _Times, all_rows: Sequence[tuple[str, ...]]) -> StageRow:
+    return StageRow(
+        stages=stages,
+        **times._asdict(),
+        is_whole=not any(set(stages) & set(other) for other in all_rows if other != stages),
+        flops=None,
+        bytes=None,
+        flops_per_byte=None,
+        bandwidth_share=None,
+        compute_share=None,
+    )
 
-    def before(module: nn.Module, args: Any) -> None:
-        synchronize(device)
-        started.append(time.perf_counter_ns())
 
-    def after_stage(stage: str) -> Callable[..., None]:
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            synchronize(device)
-            stage_us[(stage,)] += (time.perf_counter_ns() - started.pop()) / 1e3
+def _node_rows(by_speed: Sequence[Run], kept: int) -> tuple[NodeRow, ...]:
+    """In the order of the fastest run; a node that did not run in that one stands at the end."""
 
-        return after
+    def key(node: NodeTime) -> tuple[str, tuple[str, ...]]:
+        return node.node, node.modules
 
-    handles = []
-    for path, module in model.named_modules():
-        stage = stage_of_path(path)
-        # The outermost module of a stage holds its children's time, and a lookup that of its table.
-        if stage is not None and stage_of_path(path.rpartition(".")[0]) is None and not _TABLE.search(path):
-            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after_stage(stage))]
-    runs = []
-    try:
-        for _ in range(repeats):
-            stage_us.clear()
-            start = time.perf_counter_ns()
-            cell.call()
-            synchronize(device)
-            runs.append(Run((time.perf_counter_ns() - start) / 1e3, dict(stage_us)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return summarize(cell, "timers around the modules", runs)
+    first: dict[tuple[str, tuple[str, ...]], NodeTime] = {}
+    for run in by_speed:
+        for node in run.nodes:
+            first.setdefault(key(node), node)
+    times = _times(by_speed, kept, key)
+    in_fastest = {key(node) for node in by_speed[0].nodes}
+    return tuple(
+        NodeRow(
+            node=node.node,
+            kind=node.kind,
+            modules=node.modules,
+            fx_nodes=node.fx_nodes,
+            stages=node.stages,
+            **times[name]._asdict(),
+            fastest_start_us=node.start_us if name in in_fastest else by_speed[0].wall_us,
+            fastest_span_us=node.span_us if name in in_fastest else 0.0,
+        )
+        for name, node in first.items()
+    )
+
+
+def _times(by_speed: Sequence[Run], kept: int, key: Callable[[NodeTime], Key]) -> dict[Key, _Times]:
+    """Over the runs, the fastest first, of the nodes that have the same key; the mean is that of the `kept` first."""
+    per_run: dict[Key, list[float]] = defaultdict(lambda: [0.0] * len(by_speed))
+    launches: dict[Key, int] = defaultdict(int)
+    for index, run in enumerate(by_speed):
+        for node in run.nodes:
+            per_run[key(node)][index] += node.time_us
+            launches[key(node)] += node.kind != MODULE_KIND
+    return {
+        name: _Times(
+            time_us=sum(times_us[:kept]) / kept,
+            p50_us=percentile(times_us, 0.5),
+            p90_us=percentile(times_us, 0.9),
+            p99_us=percentile(times_us, 0.99),
+            calls=round(launches[name] / len(by_speed)),
+        )
+        for name, times_us in per_run.items()
+    }

@@ -89,10 +89,10 @@ def bar_chart(rows: Sequence[Sequence[Bar]], *, unit: str, scale: float, summary
     high = max(max(bar.middle for bar in bars) * 1.08, max(bar.value for bar in bars) * 1.15)
     full = high / (1 - LABEL_ROOM)
     shown = [(row[0].label, "".join(_lane(bar, high, full) for bar in row)) for row in rows]
-    return _tracks(shown, high=high, full=full, unit=unit, scale=scale, summary=summary)
+    return tracks(shown, high=high, full=full, unit=unit, scale=scale, summary=summary)
 
 
-def _tracks(rows: Sequence[tuple[str, str]], *, high: float, full: float, unit: str, scale: float, summary: str) -> str:
+def tracks(rows: Sequence[tuple[str, str]], *, high: float, full: float, unit: str, scale: float, summary: str) -> str:
     """Labelled rows over a common axis that starts at zero."""
     marks = [(f"{100 * mark * scale / full:.2f}%", f"{mark:g}") for mark in ticks(high / scale)]
     lines = "".join(f'<i class="grid" style="left:{place}"></i>' for place, _ in marks)
@@ -107,20 +107,20 @@ def _tracks(rows: Sequence[tuple[str, str]], *, high: float, full: float, unit: 
 def _lane(bar: Bar, high: float, full: float) -> str:
     end = min(bar.end, high)
     whisker = (
-        f'<i class="whisker" style="left:{_percent(bar.value / full)};width:{_percent((end - bar.value) / full)}"></i>'
-        f'<i class="cap" style="left:{_percent(bar.middle / full)}"></i>'
+        f'<i class="whisker" style="left:{percent(bar.value / full)};width:{percent((end - bar.value) / full)}"></i>'
+        f'<i class="cap" style="left:{percent(bar.middle / full)}"></i>'
     )
     beyond = bar.end > high
     mark = (
-        f'<i class="over" style="left:{_percent(end / full)};right:auto"></i>'
+        f'<i class="over" style="left:{percent(end / full)};right:auto"></i>'
         if beyond
-        else f'<i class="cap" style="left:{_percent(end / full)}"></i>'
+        else f'<i class="cap" style="left:{percent(end / full)}"></i>'
     )
     offset = ";margin-left:.6rem" if beyond else ""
     return (
         f'<div class="lane" title="{escape(bar.tooltip)}">'
-        f'<div class="bar" style="width:{_percent(bar.value / full)};background:{bar.color}"></div>{whisker}{mark}'
-        f'<span class="value" style="left:{_percent(end / full)}{offset}" data-path="{escape(bar.path)}">'
+        f'<div class="bar" style="width:{percent(bar.value / full)};background:{bar.color}"></div>{whisker}{mark}'
+        f'<span class="value" style="left:{percent(end / full)}{offset}" data-path="{escape(bar.path)}">'
         f"{escape(bar.text)}</span></div>"
     )
 
@@ -136,18 +136,18 @@ def stacked_bars(rows: Sequence[tuple[str, str, Sequence[Segment]]], *, unit: st
             _segment(segment, segment.value / total, segment.value / full) for segment in segments if segment.value > 0
         )
         lane = (
-            f'<div class="lane tall"><div class="stack" style="width:{_percent(total / full)}">{inner}</div>'
-            f'<span class="value" style="left:{_percent(total / full)}">{escape(text)}</span></div>'
+            f'<div class="lane tall"><div class="stack" style="width:{percent(total / full)}">{inner}</div>'
+            f'<span class="value" style="left:{percent(total / full)}">{escape(text)}</span></div>'
         )
         shown.append((label, lane))
-    return _tracks(shown, high=high, full=full, unit=unit, scale=scale, summary=summary)
+    return tracks(shown, high=high, full=full, unit=unit, scale=scale, summary=summary)
 
 
 def _segment(segment: Segment, share: float, shown: float) -> str:
     label = escape(segment.label) if shown >= LETTER_ROOM * (len(segment.label) + 1) else ""
     # A gap would swallow a thin segment.
     classes = "segment" + (" light" if segment.is_dark else "") + (" gap" if shown > THIN else "")
-    style = f"width:{_percent(share)}"
+    style = f"width:{percent(share)}"
     if segment.look.isalpha():
         classes += f" {segment.look}"
         label = ""
@@ -185,7 +185,7 @@ def line_chart(
             ]
     y_labels = "".join(f'<span style="top:{place(0, mark)[1]:.2f}%">{mark:g}</span>' for mark in y_marks)
     x_labels = "".join(
-        f'<span{" class=end" if mark > 0.95 * x_high else ""} style="left:{_percent(mark / x_high)}">{mark:,g}</span>'
+        f'<span{" class=end" if mark > 0.95 * x_high else ""} style="left:{percent(mark / x_high)}">{mark:,g}</span>'
         for mark in x_marks
     )
     return (
@@ -196,5 +196,6 @@ def line_chart(
     )
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share as a CSS length."""
     return f"{100 * share:.2f}%"

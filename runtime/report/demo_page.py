@@ -11,15 +11,12 @@ from typing import Any
 from ultramem.runtime.profile.schema import check_document
 from ultramem.runtime.profile.units import scaled_text
 from ultramem.runtime.report.charts import Curve, binned, line_chart
+from ultramem.runtime.report.latency_section import latency_section
+from ultramem.runtime.report.machine_section import machine_section
 from ultramem.runtime.report.page import Cell, details, escape, heading, legend, page, section, table, text_cell
-from ultramem.runtime.report.sections import (
-    SERIES,
-    Source,
-    latency_section,
-    machine_section,
-    roofline_section,
-    stage_section,
-)
+from ultramem.runtime.report.roofline_section import roofline_section
+from ultramem.runtime.report.source import SERIES, Source
+from ultramem.runtime.report.stage_section import stage_section
 
 KIND = "ultramem-demo"
 FORMAT_VERSION = 1

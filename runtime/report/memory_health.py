@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ultramem.runtime.profile.units import number_text, share_text
 from ultramem.runtime.report.charts import Curve, line_chart
 from ultramem.runtime.report.page import Cell, details, escape, legend, section, table, text_cell
-from ultramem.runtime.report.sections import SERIES
+from ultramem.runtime.report.source import SERIES
 from ultramem.runtime.report.training_run import TrainingRun
 
 DOTS_UP_TO = 40

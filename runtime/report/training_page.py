@@ -10,7 +10,7 @@ from ultramem.runtime.profile.units import number_text, scaled_text, share_text
 from ultramem.runtime.report.charts import Curve, line_chart
 from ultramem.runtime.report.memory_health import health_section
 from ultramem.runtime.report.page import Cell, details, escape, heading, legend, page, section, table, text_cell
-from ultramem.runtime.report.sections import SERIES
+from ultramem.runtime.report.source import SERIES
 from ultramem.runtime.report.training_run import Points, TrainingRun
 
 KIND = "ultramem-training"

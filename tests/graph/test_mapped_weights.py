@@ -169,7 +169,7 @@ GENERATE = """
 
     def run(folder, **options):
         engine = open_engine("eager", ultramem.load(folder, **options), None)
-        tokens = list(generate(engine, [1, 2, 3], max_new_tokens=12, max_positions=64, end_of_text=-1))
+        tokens = list(generate(engine, [1, 2, 3], max_new_tokens=12, end_of_text=-1))
         return tokens, engine.prefill(torch.tensor([[1, 2, 3, *tokens]]))[0]
 
     run(small)  # what the libraries take

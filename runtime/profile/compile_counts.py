@@ -1,0 +1,25 @@
+"""What torch.compile counts: graphs that it made, and breaks in them."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+
+class CompileCounts(NamedTuple):
+    """Since the process began."""
+
+    graphs: int
+    graph_breaks: int
+
+    def since(self, before: CompileCounts) -> CompileCounts:
+        return CompileCounts(self.graphs - before.graphs, self.graph_breaks - before.graph_breaks)
+
+
+def compile_counts() -> CompileCounts:
+    """Read TorchDynamo's counters; an engine that never compiles does not import it for that."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    if utils is None:
+        return CompileCounts(0, 0)
+    counters = utils.counters
+    return CompileCounts(graphs=counters["stats"]["unique_graphs"], graph_breaks=sum(counters["graph_break"].values()))

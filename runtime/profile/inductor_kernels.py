@@ -1,0 +1,134 @@
+"""The kernels that Inductor generates, for `torch.compile` and AOTInductor: what each computes, and for which modules.
+
+With provenance tracking on, Inductor numbers the kernels of a graph and keeps, for each, the nodes of the captured
+graph in it and their Python stack traces: these say which stages a kernel computes, those for which modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from ultramem.runtime.profile.arithmetic import MEMORY_STAGES
+from ultramem.runtime.profile.modules import module_of_stack, stage_of_module
+from ultramem.runtime.profile.stack_traces import stages_of_traces
+
+COMPILE_OPTIONS = {"trace.provenance_tracking_level": 2, "cpp.enable_kernel_profile": True}
+"""Inductor options under which a model must be compiled for its stages to be told apart."""
+
+_KERNEL_INFORMATION = "kernel_information.json"
+
+
+class Kernel(NamedTuple):
+    """One kernel of a graph, in the order of its launch."""
+
+    name: str
+    stages: tuple[str, ...]
+    modules: tuple[str, ...] = ()
+    """Empty where the graph that was compiled is not at hand."""
+    fx_nodes: tuple[str, ...] = ()
+    """Nodes of the captured graph."""
+
+
+@contextlib.contextmanager
+def recorded_compilation() -> Iterator[list[list[Kernel]]]:
+    """Compile with `COMPILE_OPTIONS` inside the block; yields a list that fills with the kernels of each graph."""
+    from torch._inductor import compile_fx as compiler
+    from torch._inductor import config
+    from torch._inductor.output_code import CompiledFxGraph
+
+    graphs: list[list[Kernel]] = []
+    modules: dict[str, str] = {}
+    original, original_compile = CompiledFxGraph.post_compile, compiler.compile_fx
+
+    def compile_fx(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(model, fx.GraphModule):
+            modules.clear()  # of the graph before
+            modules.update(modules_of_graph(model.graph))
+        return original_compile(model, *args, **kwargs)
+
+    def post_compile(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Runs for a graph from the cache as for a fresh one.
+        traces = json.loads(getattr(self, "inductor_provenance_stack_traces_str", None) or "{}")
+        mapping = json.loads(getattr(self, "inductor_provenance_mapping_str", None) or "{}")
+        graphs.append(_kernels(traces, _fx_nodes(mapping), modules))
+        original(self, *args, **kwargs)
+
+    # Assigned by name, so that mypy accepts a method's replacement.
+    setattr(CompiledFxGraph, "post_compile", post_compile)  # noqa: B010
+    setattr(compiler, "compile_fx", compile_fx)  # noqa: B010
+    try:
+        with config.patch(COMPILE_OPTIONS):
+            yield graphs
+    finally:
+        setattr(CompiledFxGraph, "post_compile", original)  # noqa: B010
+        setattr(compiler, "compile_fx", original_compile)  # noqa: B010
+
+
+def packaged_kernels(package: Path, modules: Mapping[str, Mapping[str, str]] | None = None) -> list[list[Kernel]]:
+    """The kernels of each model in an AOTInductor package (.pt2); none if it was compiled without the options.
+
+    Args:
+        package: the file.
+        modules: by the name of each model in it, the module of each node of its captured graph (`modules_of_graph`).
+    """
+    graphs = []
+    with zipfile.ZipFile(package) as archive:
+        for name in archive.namelist():
+            if name.endswith(_KERNEL_INFORMATION):
+                information = json.loads(archive.read(name))
+                graphs.append(
+                    _kernels(
+                        {key: entry["stack_traces"] for key, entry in information.items()},
+                        {key: entry.get("pre_grad_nodes", ()) for key, entry in information.items()},
+                        (modules or {}).get(name.split("/")[-2], {}),
+                    )
+                )
+    return graphs
+
+
+def modules_of_graph(graph: fx.Graph) -> dict[str, str]:
+    """The module of each node, by its name."""
+    return {
+        node.name: module_of_stack([str(path) for path, _ in node.meta["nn_module_stack"].values()])
+        for node in graph.nodes
+        if node.meta.get("nn_module_stack")
+    }
+
+
+def _fx_nodes(mapping: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Nodes of the captured graph by kernel, from Inductor's mapping over the graph that it compiled."""
+    captured = mapping.get("postToPre", {})
+    return {
+        kernel: [name for compiled in nodes for name in captured.get(compiled, ())]
+        for kernel, nodes in mapping.get("cppCodeToPost", {}).items()
+    }
+
+
+def _kernels(
+    traces: Mapping[str, Sequence[str]],
+    fx_nodes: Mapping[str, Iterable[str]],
+    modules: Mapping[str, str],
+) -> list[Kernel]:
+    """Kernels in launch order; keys are "name:number"."""
+    kernels = []
+    for key in sorted(traces, key=lambda key: int(key.rpartition(":")[2])):
+        name = key.rpartition(":")[0]
+        stages = _kernel_stages_of(name, stages_of_traces(traces[key]))
+        nodes = tuple(dict.fromkeys(fx_nodes.get(key, ())))
+        own = [node for node in nodes if node in modules and stage_of_module(modules[node]) in stages]
+        kernels.append(Kernel(name, stages, tuple(dict.fromkeys(modules[node] for node in own)), nodes))
+    return kernels
+
+
+def _kernel_stages_of(name: str, stages: tuple[str, ...]) -> tuple[str, ...]:
+    # A kernel of a library is one operator; the other traces are those of views in its inputs, from stages before it.
+    if not name.startswith("cpp_fused") and set(stages) <= set(MEMORY_STAGES):
+        return stages[-1:]
+    return stages

@@ -1,0 +1,102 @@
+"""The section of graph nodes: the longest of each engine, and time by module, which all engines have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ultramem.runtime.profile.units import share_text, time_text
+from ultramem.runtime.report.page import Cell, details, escape, section, table, text_cell
+from ultramem.runtime.report.source import NONE, Source, chosen, engine_name, stage_name
+
+SHOWN = 12
+"""Nodes an engine on the page; the JSON in it has them all."""
+
+
+def node_section(source: Source) -> str:
+    """Of the decode step at the smallest batch; other batches and phases open on a click."""
+    batches = source.profile["settings"]["batches"]
+    blocks: list[str] = []
+    for phase in ("decode", "prefill"):
+        for batch in batches:
+            title = f"{phase}, batch {batch}".capitalize()
+            block = (
+                f"<h3>{escape(title)}, longest nodes</h3>{_node_table(source, phase, batch)}"
+                f"{details(f'{title}, time by module', _module_table(source, phase, batch))}"
+            )
+            blocks.append(block if not blocks else details(f"{title}, nodes", block))
+    note = (
+        "A node is an operator or a generated kernel of the graph that really ran. Its modules are those it computes "
+        "for, kept through every lowering; a kernel may be fused over several. Percentiles are over the instrumented "
+        "forwards. The difference is the engine's largest one from eager's logits."
+    )
+    return section(_headline(source), *blocks, note=note)
+
+
+def _headline(source: Source) -> str:
+    batch = min(source.profile["settings"]["batches"])
+    parts = []
+    for _, times in chosen(source.profile["stages"], phase="decode", batch=batch):
+        if times["nodes"]:
+            node = max(times["nodes"], key=lambda node: node["p50_us"])
+            share = share_text(node["p50_us"] / times["wall_us"])
+            parts.append(f"{_modules_text(node['modules'])} takes {share} on {engine_name(times['engine'])}")
+    what = f"Longest node of a decode step of {source.name}: " if parts else f"Nodes of {source.name}: none are known"
+    return what + ", ".join(parts)
+
+
+def _node_table(source: Source, phase: str, batch: int) -> str:
+    rows, starts = list[list[Cell]](), list[int]()
+    for place, times in chosen(source.profile["stages"], phase=phase, batch=batch):
+        order = sorted(range(len(times["nodes"])), key=lambda index: -times["nodes"][index]["p50_us"])
+        starts.append(len(rows))
+        for index in order[:SHOWN]:
+            node, here = times["nodes"][index], f"{source.pointer}/stages/{place}/nodes/{index}"
+            share = node["p50_us"] / times["wall_us"]
+            rows.append(
+                [
+                    text_cell(engine_name(times["engine"])),
+                    text_cell(_modules_text(node["modules"])),
+                    text_cell(_kind_text(node)),
+                    text_cell(stage_name(node["stages"])),
+                    Cell(text=str(node["calls"]), path=f"{here}/calls"),
+                    *(
+                        Cell(text=time_text(node[name]), path=f"{here}/{name}")
+                        for name in ("p50_us", "p90_us", "p99_us")
+                    ),
+                    Cell(text=share_text(share), value=share),
+                    Cell(
+                        text=f"{times['max_abs_difference']:.2g}",
+                        path=f"{source.pointer}/stages/{place}/max_abs_difference",
+                    ),
+                ]
+            )
+    headings = ("engine", "module", "node", "stage", "calls", "p50", "p90", "p99", "of the forward", "difference")
+    return table(headings, rows, group_starts=starts[1:])
+
+
+def _module_table(source: Source, phase: str, batch: int) -> str:
+    """Modules down, engines across: the sum of the nodes that compute for exactly these modules."""
+    engines = [times for _, times in chosen(source.profile["stages"], phase=phase, batch=batch) if times["nodes"]]
+    sums: dict[tuple[str, ...], dict[str, float]] = {}
+    for times in engines:
+        for node in times["nodes"]:
+            of_engine = sums.setdefault(tuple(node["modules"]), {})
+            of_engine[times["engine"]] = of_engine.get(times["engine"], 0.0) + node["time_us"]
+    rows = []
+    for modules in sorted(sums, key=lambda modules: (len(modules) > 1, not modules)):
+        cells = [text_cell(" + ".join(modules) or _modules_text([]))]
+        for times in engines:
+            value = sums[modules].get(times["engine"])
+            cells.append(Cell(text=NONE) if value is None else Cell(text=time_text(value), value=value))
+        rows.append(cells)
+    return table(("module", *(engine_name(times["engine"]) for times in engines)), rows)
+
+
+def _modules_text(modules: list[str]) -> str:
+    if not modules:
+        return "not known"
+    return modules[0] if len(modules) == 1 else f"{modules[0]} + {len(modules) - 1} more"
+
+
+def _kind_text(node: dict[str, Any]) -> str:
+    return "outside its operators" if node["kind"] == "module" else str(node["kind"])
