@@ -10,7 +10,9 @@ from functools import cache
 from torch import nn
 
 from ultramem.graph import memory_layer, memory_output, moe, transformer, value_table
+from ultramem.graph.coarse_keys import CoarseScore, CoarseSelect
 from ultramem.graph.fold_for_inference import FoldedScore
+from ultramem.graph.fold_values import ProjectedOutput
 from ultramem.runtime.profile.modules import in_order
 
 _LINEAR_STAGES = ("head",)
@@ -58,12 +60,15 @@ def _stage_sources() -> list[tuple[str, int, int, str]]:
         (memory_layer.Query, "query"),
         (memory_layer.Score, "score"),
         (FoldedScore, "score"),
+        (CoarseScore, "score"),
         (memory_layer.Select, "select"),
+        (CoarseSelect, "select"),
         (memory_layer.Lookup, "lookup"),
         (value_table.ValueTable, "lookup"),
         (memory_output.Project, "expand"),
         (memory_output.GatedOutput, "expand"),
         (memory_output.NoOutput, "expand"),
+        (ProjectedOutput, "expand"),
         (transformer.Attention, "attention"),
         (transformer.MLP, "mlp"),
         (moe.MoE, "mlp"),

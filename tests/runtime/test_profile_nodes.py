@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import zipfile
 from pathlib import Path
@@ -13,6 +14,9 @@ from torch.autograd.profiler import record_function
 
 from ultramem.export.program import FlatModel, example_inputs
 from ultramem.graph import fold_for_inference
+from ultramem.graph.coarse_keys import CoarseScore, CoarseSelect
+from ultramem.graph.fold_values import ProjectedOutput
+from ultramem.graph.transformer import Cache
 from ultramem.runtime.profile import STAGES, Profile, profile
 from ultramem.runtime.profile.eager_stages import eager_runs
 from ultramem.runtime.profile.inductor_kernels import Kernel, modules_of_graph, packaged_kernels
@@ -278,6 +282,16 @@ def test_a_folded_score_is_a_score() -> None:
         if str(node.target).startswith("aten.einsum") and "memories" in str(node.meta["nn_module_stack"])
     ]
     assert stages_of_traces([trace]) == ("score",)
+
+
+@pytest.mark.parametrize(
+    ("cls", "stage"),
+    [(CoarseScore, "score"), (CoarseSelect, "select"), (ProjectedOutput, "expand"), (Cache, "other")],
+)
+def test_what_stands_in_for_a_stage_is_that_stage(cls: type, stage: str) -> None:
+    lines, first = inspect.getsourcelines(cls)
+    place = f'  File "{inspect.getsourcefile(cls)}", line {first + len(lines) - 1}, in forward'
+    assert stages_of_traces([f"{place}\n    return x"]) == (stage,)
 
 
 def test_kernels_of_a_package(tmp_path: Path) -> None:
