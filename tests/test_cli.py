@@ -79,7 +79,7 @@ def test_an_export_records_what_rounding_costs(run, tmp_path, capsys):
     manifest = last_json(capsys)
     assert manifest == json.loads((out / "manifest.json").read_text())
     chosen = {name: value for name, value in manifest["options"].items() if value is not None}
-    assert chosen == {"dtype": "fp32", "table": "int8", "decode": True}
+    assert chosen == {"dtype": "fp32", "table": "int8", "decode": True, "device": "cpu"}
     rounding = manifest["parity"]["rounding"]
     assert rounding["bits_per_byte"] != rounding["bits_per_byte_rounded"]
     assert rounding["bits_per_byte"] == pytest.approx(rounding["bits_per_byte_rounded"], abs=0.01)

@@ -253,7 +253,8 @@ class Transformer(nn.Module):
                 hidden_BSD = hidden_BSD + self.dropout(output)
             for memory_output_BSD in waiting.pop(number, ()):
                 hidden_BSD = hidden_BSD + self.dropout(memory_output_BSD)
-        return self.head(self.norm(hidden_BSD)), (tuple(keys), tuple(values), tuple(convs)), aux_losses
+        logits_BSV = self.head(self.norm(hidden_BSD))
+        return logits_BSV, (tuple(keys), tuple(values), tuple(convs)), aux_losses
 
     @staticmethod
     def _mask(input_ids_BS: Tensor, attention_mask: Tensor | None, past_length: int) -> Tensor:
