@@ -189,7 +189,8 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = self._positions(input_ids_BS, attention_mask, past_length)
         token_BS1 = None if attention_mask is None else attention_mask[:, past_length:].unsqueeze(-1)
-        logits_BSV, state, aux_losses = self._run(input_ids_BS, position_ids, mask, token_BS1, cache)
+        hidden_BSD, state, aux_losses = self._layers(input_ids_BS, position_ids, mask, token_BS1, cache)
+        logits_BSV = self.head(self.norm(hidden_BSD))  # here: traces of an export keep the lines of a forward alone
         aux_loss = logits_BSV.new_zeros((), dtype=torch.float32)
         if self.training:
             memory_losses = [memory.aux_loss() for memory in self.memories if isinstance(memory, UltraMemLayer)]
@@ -210,10 +211,10 @@ class Transformer(nn.Module):
         """
         token_B11 = attention_mask_BP.index_select(1, cache.column_1).unsqueeze(-1)
         mask_B11P = cache.mask(attention_mask_BP)
-        logits_B1V, (_, _, convs), _ = self._run(input_ids_B1, position_ids_B1, mask_B11P, token_B11, cache)
-        return logits_B1V, convs
+        hidden_B1D, (_, _, convs), _ = self._layers(input_ids_B1, position_ids_B1, mask_B11P, token_B11, cache)
+        return self.head(self.norm(hidden_B1D)), convs
 
-    def _run(
+    def _layers(
         self,
         input_ids_BS: Tensor,
         position_ids_BS: Tensor,
@@ -221,7 +222,7 @@ class Transformer(nn.Module):
         token_BS1: Tensor | None,
         cache: Cache | StaticCache | None,
     ) -> tuple[Tensor, tuple[tuple[Tensor, ...], ...], list[Tensor]]:
-        """Logits; keys, values and last inputs of convolutions; the balance losses of mixtures of experts."""
+        """Output [B,S,D]; keys, values and last inputs of convolutions; the balance losses of mixtures of experts."""
         rotary = rotary_table(position_ids_BS, self.config.head_dim, self.config.rope_theta)
         hidden_BSD = self.dropout(self.embedding(input_ids_BS))
         keys, values, convs, aux_losses = [], [], [], []
@@ -253,8 +254,7 @@ class Transformer(nn.Module):
                 hidden_BSD = hidden_BSD + self.dropout(output)
             for memory_output_BSD in waiting.pop(number, ()):
                 hidden_BSD = hidden_BSD + self.dropout(memory_output_BSD)
-        logits_BSV = self.head(self.norm(hidden_BSD))
-        return logits_BSV, (tuple(keys), tuple(values), tuple(convs)), aux_losses
+        return hidden_BSD, (tuple(keys), tuple(values), tuple(convs)), aux_losses
 
     @staticmethod
     def _mask(input_ids_BS: Tensor, attention_mask: Tensor | None, past_length: int) -> Tensor:
