@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ultramem.config import ModelConfig
 from ultramem.export.backend import Backend, Run
@@ -117,10 +117,19 @@ def _compile(program: Program, build: Path, *, external: bool) -> list[Any]:
     # With gradients on, Inductor fails on an embedding bag of parameters ("Autograd not support dtype: Long").
     with quiet_exporters(), torch.no_grad():
         module: Any = program.exported.module(check_guards=False)
+        _make_buffers_parameters(module)
         args, kwargs = program.exported.example_inputs
         files = torch._inductor.aot_compile(module, args, kwargs, options=options)
     assert isinstance(files, list)
     return files
+
+
+def _make_buffers_parameters(module: nn.Module) -> None:
+    """Inductor copies buffers, in case the graph writes to them, and parameters not; quantised rows are buffers."""
+    for each in module.modules():
+        for name, buffer in list(each.named_buffers(recurse=False)):
+            delattr(each, name)
+            each.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
 
 
 def _add(weights: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
