@@ -32,7 +32,7 @@ def test_manifest_describes_the_folder(folder):
     engine = document["engine"]
     assert document["format_version"] == 2
     nothing = dict.fromkeys(("table", "static", "sizes", "kernels"))
-    assert document["options"] == nothing | {"dtype": "fp32", "decode": False}
+    assert document["options"] == nothing | {"dtype": "fp32", "decode": False, "device": "cpu"}
     assert document["model"]["memory"]["knum"] == MEMORY.knum
     (name,) = document["files"]
     assert name == {"onnx": "model.onnx", "aoti": "model.pt2"}[engine]
