@@ -49,8 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.lines is not None:
         records = [json.loads(line) for line in options.lines.read_text().splitlines()]
-        RESULTS.write_text(json.dumps(sorted(records, key=_key), indent=1) + "\n")
-    text = page(json.loads(RESULTS.read_text()))
+        document = {"benchmark": "export_parity", "exports": sorted(records, key=_key)}
+        RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    text = page(json.loads(RESULTS.read_text())["exports"])
     if options.check:
         if PAGE.read_text() != text:
             print(f"{PAGE.name} is not what {RESULTS.name} says: python -m benchmarks.export_parity", file=sys.stderr)

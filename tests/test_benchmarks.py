@@ -18,7 +18,7 @@ import made_up_subjects
 import pytest
 import torch
 
-from benchmarks import gpu, report, run
+from benchmarks import export_parity, gpu, report, run
 from benchmarks.harness import clock, launches, scheduler, worker
 from benchmarks.harness.contender import Contender
 from benchmarks.harness.goals import evaluate
@@ -416,6 +416,13 @@ def test_the_page_says_what_the_results_say(monkeypatch, tmp_path):
     assert "a device, 1 threads; Python 3.11, torch 2; 10.0 GB/s" in text
     assert "`lost/row`: lost, killed by SIGSEGV" in text
     assert "absent: unavailable, it is not installed" in text
+
+
+def test_the_page_of_parity_shows_every_export_of_the_committed_results():
+    assert export_parity.main(["--check"]) == 0
+    exports = json.loads(export_parity.RESULTS.read_text())["exports"]
+    rows = [line for line in export_parity.PAGE.read_text().splitlines() if line.count(" of ") == 1 and line[0] == "|"]
+    assert len(rows) == len(exports) > 100
 
 
 def test_the_committed_page_is_that_of_the_committed_results():
