@@ -5,6 +5,7 @@ from dataclasses import replace
 from exported import DENSE, MEMORY
 
 from ultramem import MemoryConfig, MoEConfig
+from ultramem.config.pkm import PKM_SWITCHES
 
 ONE_LAYER = replace(MEMORY, num_layers=1, permutation="none")  # a permutation is most of a compiler's time
 BASE = replace(DENSE, hidden_size=32, inner_size=48, memory=ONE_LAYER, insertions="1:1")
@@ -22,16 +23,4 @@ FAMILIES = {
 
 def as_pkm(memory: MemoryConfig) -> MemoryConfig:
     """The layer with the switches of product-key memories, whose rows are as wide as the model."""
-    return replace(
-        memory,
-        value_dim=memory.hidden_size,
-        rank=1,
-        num_cores=1,
-        expansion=1,
-        permutation="none",
-        conv_width=1,
-        shared_query=False,
-        qk_norm="none",
-        score_function="softmax",
-        output="none",
-    )
+    return replace(memory, value_dim=memory.hidden_size, **PKM_SWITCHES)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ultramem.config import MemoryConfig, ModelConfig
+from ultramem.config.pkm import PKM_SWITCHES
 
 
 class AblationRow(NamedTuple):
@@ -63,17 +64,9 @@ def ablation_rows(sizes: AblationSizes) -> tuple[AblationRow, ...]:
         key_dim=sizes.key_dim,
         knum=sizes.knum,
         top_m=sizes.top_m,
-        rank=1,
-        num_cores=1,
-        expansion=1,
         rank_layout="split",
-        permutation="none",
-        conv_width=1,
-        shared_query=False,
-        qk_norm="none",
-        score_function="softmax",
-        output="none",
         init="released",
+        **PKM_SWITCHES,
     )
     project: dict[str, Any] = {"output": "project", "project_bias": True}
     half: dict[str, Any] = {"value_dim": d // 2, "knum": sizes.half_knum, "top_m": 2 * sizes.top_m, **project}

@@ -323,7 +323,7 @@ def _check_earlier(
     from ultramem.machine import device_name
     from ultramem.runtime.profile.baseline import check_comparable, read_profile
     from ultramem.runtime.profile.profiler import describe_model, make_settings
-    from ultramem.runtime.profile.schema import plain
+    from ultramem.runtime.versioned_document import plain
 
     settings = make_settings(
         batches=batches,

@@ -9,6 +9,7 @@ from typing import Any
 
 from ultramem.ablations import AblationSizes, ablation_rows
 from ultramem.config import MemoryConfig, ModelConfig, MoEConfig
+from ultramem.config.pkm import PKM_SWITCHES
 
 PAPER_VOCABULARY = 50432  # GPT-NeoX's tokenizer, Appendix E
 BYTE_VOCABULARY = 257  # 256 bytes and an end-of-text token
@@ -37,15 +38,7 @@ def _pkm(dense: ModelConfig, *, top_m: int, heads: int, key_dim: int, knum: int,
         knum=knum,
         num_heads=heads,
         top_m=top_m,
-        rank=1,
-        num_cores=1,
-        expansion=1,
-        permutation="none",
-        conv_width=1,
-        shared_query=False,
-        qk_norm="none",
-        score_function="softmax",
-        output="none",
+        **PKM_SWITCHES,
     )
     return replace(dense, memory=memory, insertions=insertions)
 

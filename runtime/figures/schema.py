@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from ultramem.machine import Machine
 from ultramem.runtime.figures.devices import Roofs
+from ultramem.runtime.versioned_document import check_version, plain
 
 FORMAT_VERSION = 1
 KIND = "ultramem-figure"
@@ -190,8 +190,7 @@ class Figure:
 
 def to_json(figure: Figure) -> dict[str, Any]:
     """A JSON-ready document with its format version."""
-    fields = {"kind": KIND, "format_version": FORMAT_VERSION, **dataclasses.asdict(figure)}
-    document: dict[str, Any] = json.loads(json.dumps(fields, allow_nan=False))
+    document: dict[str, Any] = plain({"kind": KIND, "format_version": FORMAT_VERSION, **dataclasses.asdict(figure)})
     return document
 
 
@@ -201,9 +200,4 @@ def check_document(document: Any) -> dict[str, Any]:
     Raises:
         ValueError: it is something else, or of a format that this version does not read.
     """
-    kind = document.get("kind") if isinstance(document, dict) else None
-    if kind != KIND:
-        raise ValueError(f"a figure must have kind {KIND!r}, got {kind!r}")
-    if document.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"a figure must have format_version {FORMAT_VERSION}, got {document.get('format_version')!r}")
-    return dict(document)
+    return check_version(document, kind=KIND, format_version=FORMAT_VERSION, name="figure")

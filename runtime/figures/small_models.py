@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ultramem.config import MemoryConfig, ModelConfig, MoEConfig
+from ultramem.config.pkm import PKM_SWITCHES
 from ultramem.presets import BYTE_VOCABULARY
 
 CACHED_TOKENS = 16
@@ -20,23 +21,7 @@ _DENSE = ModelConfig(
     vocab_size=BYTE_VOCABULARY, hidden_size=512, inner_size=2048, num_heads=8, num_layers=8, dropout=0.0
 )
 _ULTRAMEM = MemoryConfig(hidden_size=512, num_layers=8, value_dim=256, key_dim=128, knum=768)
-_PKM = MemoryConfig(
-    hidden_size=512,
-    num_layers=8,
-    value_dim=512,
-    key_dim=288,
-    knum=768,
-    num_heads=6,
-    rank=1,
-    num_cores=1,
-    expansion=1,
-    permutation="none",
-    conv_width=1,
-    shared_query=False,
-    qk_norm="none",
-    score_function="softmax",
-    output="none",
-)
+_PKM = MemoryConfig(hidden_size=512, num_layers=8, value_dim=512, key_dim=288, knum=768, num_heads=6, **PKM_SWITCHES)
 SMALL: dict[str, ModelConfig] = {
     "dense": replace(_DENSE, inner_size=2600),
     "moe": replace(_DENSE, inner_size=1288, moe=MoEConfig(num_experts=31)),

@@ -8,6 +8,7 @@ from typing import Any
 
 from ultramem.machine import Machine
 from ultramem.runtime.profile.request_schema import Request, RowUse
+from ultramem.runtime.versioned_document import check_version, plain
 
 FORMAT_VERSION = 2
 KIND = "ultramem-profile"
@@ -237,18 +238,4 @@ def check_document(document: Any) -> dict[str, Any]:
     Raises:
         ValueError: it is something else, or of a format that this version does not read.
     """
-    kind = document.get("kind") if isinstance(document, dict) else None
-    if kind != KIND:
-        raise ValueError(f"a profile must have kind {KIND!r}, got {kind!r}")
-    if document.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"a profile must have format_version {FORMAT_VERSION}, got {document.get('format_version')!r}")
-    return dict(document)
-
-
-def plain(value: Any) -> Any:
-    """Tuples as lists, as they come back from a file."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
+    return check_version(document, kind=KIND, format_version=FORMAT_VERSION, name="profile")
