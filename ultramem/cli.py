@@ -7,7 +7,6 @@ with the work saved, 141 where whoever read the output has gone.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import signal
@@ -20,19 +19,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ultramem.config import TrainConfig, from_dict
 from ultramem.data_cli import add_data_commands
-from ultramem.figure_cli import add_figure_options, make_figure_of, refuse_without_figure
-from ultramem.generate_cli import ENGINES, EXPORTS, add_generate_command
+from ultramem.generate_cli import EXPORTS, add_generate_command
+from ultramem.profile_cli import add_profile_command
 from ultramem.train_cli import add_train_commands
 
 if TYPE_CHECKING:
     from ultramem.graph import Transformer
 
 HELD_OUT_TOKENS = 16384  # for what rounding costs: an export should not take an evaluation's time
-FAIL_IF = (
-    "limits of growth since the baseline, as p50>+5%%,ttft>+10%% (of p50, p90, p99, ttft, tpot): exit code 1 where a "
-    "metric exceeds its limit and the interval of its values in the rounds, lowest to highest, lies above that of the "
-    "baseline"
-)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,30 +106,7 @@ def _build_parser() -> _Parser:
     sub.add_argument("--device", default="cpu", metavar="D", help="of native code: cpu (default) or cuda (aoti)")
     sub.add_argument("--decode", action="store_true", help="a graph of one new token; in AOTInductor beside the other")
 
-    sub = command("profile", _profile, "Latency of a run or preset by engine, batch, request, stage and graph node.")
-    sub.add_argument("target", metavar="RUN|PRESET", nargs="?")
-    add_figure_options(sub)
-    sub.add_argument("--engine", default="eager", metavar="E[,E...]", help=f"of {', '.join(ENGINES)} (default: eager)")
-    sub.add_argument("--batch", default="1,8", metavar="B[,B...]", help="(default: 1,8)")
-    sub.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="length of the prefill (default: 128)")
-    sub.add_argument("--new-tokens", type=int, default=32, metavar="N", help="that a request generates (default: 32)")
-    sub.add_argument(
-        "--seconds", type=float, default=1.0, metavar="S", help="for each engine, batch and phase (default: 1)"
-    )
-    sub.add_argument("--mmap", action="store_true", help="map the weights of a RUN from their file")
-    sub.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="folder for profile.json, trace.json and report.html"
-    )
-    sub.add_argument(
-        "--beside",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="profile.json of another model, for the report",
-    )
-    sub.add_argument("--baseline", type=Path, metavar="FILE", help="earlier profile.json of this model and machine")
-    sub.add_argument("--fail-if", metavar="LIMITS", help=FAIL_IF)
+    add_profile_command(command)
 
     help_text = "Download text, or tokenise it once into shards."
     add_data_commands(commands.add_parser("data", help=help_text, description=help_text), finish)
@@ -262,117 +233,3 @@ def _held_out_bits(run_folder: Path) -> typing.Callable[[Transformer], float] | 
         return evaluate(model, loss, batches, token_bytes=tokenizer.token_bytes).bits_per_byte
 
     return bits_per_byte
-
-
-def _profile(args: argparse.Namespace) -> dict[str, Any]:
-    if args.figure is not None:
-        return make_figure_of(args)
-    refuse_without_figure(args)
-    engines = _choices("engine", args.engine, ENGINES)
-    batches = _positive_ints("batch", args.batch)
-    from ultramem.graph.weights import write_atomically
-    from ultramem.runtime.profile import print_profile, profile, to_json
-    from ultramem.runtime.profile.baseline import change_table, compare, parse_limits
-    from ultramem.runtime.profile.chrome_trace import chrome_trace
-    from ultramem.runtime.profile.table import wide_console
-    from ultramem.runtime.report import render_profile, write_report
-
-    limits = () if args.fail_if is None else parse_limits(args.fail_if)
-    if limits and args.baseline is None:
-        raise ValueError(
-            f"fail_if needs a baseline to compare with (--baseline FILE), got {args.fail_if!r} without one"
-        )
-    model, exports = _model_to_profile(args.target, args.out, mmap=args.mmap)
-    if args.out.exists() and not args.out.is_dir():
-        raise FileExistsError(f"out: {args.out} exists and is not a folder")
-    baseline, beside = _check_earlier(args, model, engines, batches)
-    measured = profile(
-        model,
-        engines,
-        name=Path(args.target).name,
-        batches=batches,
-        prompt_tokens=args.prompt_tokens,
-        new_tokens=args.new_tokens,
-        seconds_per_cell=args.seconds,
-        artifact_folder=exports,
-        progress=lambda message: print(message, file=sys.stderr, flush=True),
-    )
-    document = to_json(measured)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out / "profile.json", json.dumps(document, indent=1).encode() + b"\n")
-    write_atomically(args.out / "trace.json", json.dumps(chrome_trace(document)).encode() + b"\n")
-    write_report(args.out / "report.html", render_profile(document, *beside))
-    if not args.json:
-        print_profile(measured)
-        print(f"{args.out / 'profile.json'}, {args.out / 'trace.json'} and {args.out / 'report.html'}")
-    if baseline is None:
-        return document
-    changes = compare(baseline, document, limits)
-    if not args.json:
-        wide_console().print(change_table(changes))
-    args.exit_code = 1 if any(change.fails for change in changes) else 0
-    return {**document, "changes": [dataclasses.asdict(change) for change in changes]}
-
-
-def _check_earlier(
-    args: argparse.Namespace, model: Transformer, engines: list[str], batches: list[int]
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """The baseline and the profiles to show beside, refused before anything is measured where they do not compare."""
-    import torch
-
-    from ultramem.machine import device_name
-    from ultramem.runtime.profile.baseline import check_comparable, read_profile
-    from ultramem.runtime.profile.profiler import describe_model, make_settings
-    from ultramem.runtime.versioned_document import plain
-
-    settings = make_settings(
-        batches=batches,
-        prompt_tokens=args.prompt_tokens,
-        new_tokens=args.new_tokens,
-        seconds_per_cell=args.seconds,
-    )
-    machine = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
-    planned = plain(dataclasses.asdict(settings))
-    baseline = None if args.baseline is None else read_profile(args.baseline)
-    beside = [read_profile(path) for path in args.beside]
-    for path, document in zip(args.beside, beside, strict=True):
-        check_comparable(document, machine=machine, settings=planned, called=str(path))
-    if baseline is not None:
-        described = plain(dataclasses.asdict(describe_model(model, args.target)))
-        check_comparable(baseline, machine=machine, settings=planned, model=described, engines=engines)
-    return baseline, beside
-
-
-def _model_to_profile(target: str, out: Path, *, mmap: bool = False) -> tuple[Transformer, Path]:
-    """The model of a run folder, or a preset's with fresh weights; and where its exported engines belong."""
-    import torch
-
-    from ultramem.graph.transformer import build_model
-    from ultramem.graph.weights import load
-    from ultramem.presets import preset, presets
-
-    if Path(target).is_dir():
-        return load(target, mmap=mmap), Path(target) / "exports"
-    if target in presets():
-        if mmap:
-            raise ValueError(f"mmap maps the weights of a run folder: the preset {target!r} has no file of them")
-        torch.manual_seed(0)  # the same weights at every call, so that profiles of a preset can be compared
-        return build_model(preset(target)).eval(), out / "exports"
-    raise FileNotFoundError(f"target must be a run folder or one of {', '.join(presets())}, got {target!r}")
-
-
-def _choices(name: str, text: str, accepted: Sequence[str]) -> list[str]:
-    words = text.split(",")
-    for word in words:
-        if word not in accepted:
-            raise ValueError(f"{name} must be of {', '.join(accepted)}, separated by commas, got {text!r}")
-    if len(set(words)) < len(words):
-        raise ValueError(f"{name} must name each once, got {text!r}")
-    return words
-
-
-def _positive_ints(name: str, text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words):
-        raise ValueError(f"{name} must be numbers of at least 1, separated by commas, got {text!r}")
-    return [int(word) for word in words]

@@ -1,7 +1,9 @@
 """Small configurations that still have every part."""
 
 import pytest
+import torch
 
+import ultramem
 from ultramem import MemoryConfig, ModelConfig
 
 
@@ -22,3 +24,14 @@ def model_config(memory_config):
         memory=memory_config,
         insertions="1:2/3:3",
     )
+
+
+@pytest.fixture
+def model(model_config):
+    """In eval mode, with convolutions that do something."""
+    torch.manual_seed(0)
+    model = ultramem.build_model(model_config).eval()
+    with torch.no_grad():
+        for memory in model.memories:
+            memory.query.conv_DW.normal_()
+    return model

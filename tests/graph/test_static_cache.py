@@ -3,20 +3,9 @@
 import pytest
 import torch
 
-import ultramem
 from ultramem.graph.static_cache import StaticCache
 
 ROOM = 16
-
-
-@pytest.fixture
-def model(model_config):
-    torch.manual_seed(0)
-    model = ultramem.build_model(model_config).eval()
-    with torch.no_grad():
-        for memory in model.memories:
-            memory.query.conv_DW.normal_()
-    return model
 
 
 def with_room(cache):

@@ -9,16 +9,6 @@ import ultramem
 from ultramem.graph.weights import save_weights, write_config
 
 
-@pytest.fixture
-def model(model_config):
-    torch.manual_seed(0)
-    model = ultramem.build_model(model_config).eval()
-    with torch.no_grad():
-        for memory in model.memories:
-            memory.query.conv_DW.normal_()
-    return model
-
-
 def _tolerance(model, tokens):
     """Four times the error that eager float32 makes against float64."""
     with torch.no_grad():
