@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import ultramem
+from benchmarks.harness.document import publish
 from benchmarks.selection_recall import provenance
 from ultramem import MemoryConfig, UltraMemLayer
 from ultramem.export.program import (
@@ -44,7 +44,6 @@ from ultramem.export.program import (
 )
 from ultramem.graph import fold_for_inference
 from ultramem.graph.passes import fold_constants, remove_no_ops
-from ultramem.graph.weights import write_atomically
 
 NAME = "inference_passes"
 SIZES = ("ultramem-tiny", "ultramem-151m-x12", "ultramem-680m-x12", "ultramem-1.6b-x12")
@@ -224,9 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
             config = ultramem.preset(name).memory
             assert config is not None
             document["coarse_keys"] += measure_coarse_keys(name, config)
-    if options.out is not None:
-        write_atomically(options.out, json.dumps(document, indent=1).encode() + b"\n")
-    print(json.dumps(document))
+    publish(document, options.out)
     return 0
 
 

@@ -17,7 +17,6 @@ Shapes: N rows, D row width, K slots.
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import os
 import statistics
@@ -31,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness.document import publish
 from benchmarks.selection_recall import provenance
 from ultramem import ops
-from ultramem.graph.weights import write_atomically
 
 NAME = "mapped_table"
 ROWS, WIDTH, SLOTS = 2**20, 256, 84
@@ -141,9 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         "cases": cases,
         "environment": provenance(),
     }
-    if options.out is not None:
-        write_atomically(options.out, json.dumps(document, indent=1).encode() + b"\n")
-    print(json.dumps(document))
+    publish(document, options.out)
     return 0
 
 

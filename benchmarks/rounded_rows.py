@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 import ultramem
+from benchmarks.harness.document import publish
 from benchmarks.selection_recall import provenance
 from ultramem.config import to_dict
 from ultramem.graph import Transformer
 from ultramem.graph.quantized_table import QuantizedValueTable, quantize_tables
 from ultramem.graph.shared_copy import shared_copy
 from ultramem.graph.value_table import ValueTable
-from ultramem.graph.weights import read_config, write_atomically
+from ultramem.graph.weights import read_config
 from ultramem.runtime.data import evaluation_batches, load_corpus
 from ultramem.runtime.evaluate import evaluate, make_summed_loss
 from ultramem.runtime.tokenizer import load_tokenizer
@@ -99,9 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     if read_config(options.run)["model"] != json.loads(json.dumps(to_dict(ultramem.preset(options.preset)))):
         parser.error(f"preset: {options.run} was not trained as {options.preset}")
     document = {"benchmark": NAME, "preset": options.preset, **measure(options.run), "environment": provenance()}
-    if options.out is not None:
-        write_atomically(options.out, json.dumps(document, indent=1).encode() + b"\n")
-    print(json.dumps(document))
+    publish(document, options.out)
     return 0
 
 
