@@ -120,8 +120,8 @@ def _check_earlier(
     )
     machine = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
     planned = plain(dataclasses.asdict(settings))
-    baseline = None if args.baseline is None else read_profile(args.baseline)
-    beside = [read_profile(path) for path in args.beside]
+    baseline = None if args.baseline is None else read_profile(args.baseline, "baseline")
+    beside = [read_profile(path, "beside") for path in args.beside]
     for path, document in zip(args.beside, beside, strict=True):
         check_comparable(document, machine=machine, settings=planned, called=str(path))
     if baseline is not None:

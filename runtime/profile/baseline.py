@@ -82,19 +82,19 @@ def parse_limits(text: str) -> tuple[Limit, ...]:
     return tuple(limits)
 
 
-def read_profile(path: Path) -> dict[str, Any]:
-    """The document of a profile.json.
+def read_profile(path: Path, field: str) -> dict[str, Any]:
+    """The document of the profile.json that is given as `field`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a profile of this format.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file (a profile.json is what is asked for)")
+        raise FileNotFoundError(f"{field} must be a profile.json, got {path}, which is not a file")
     try:
         return check_document(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:  # JSON's and Unicode's errors are such too
-        raise ValueError(f"{path} is not a profile: {error}") from error
+        raise ValueError(f"{field}: {path} is not a profile: {error}") from error
 
 
 def check_comparable(

@@ -121,14 +121,16 @@ def test_other_versions_can_be_compared(document: dict[str, Any]) -> None:
 
 def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, document: dict[str, Any]) -> None:
     path = tmp_path / "profile.json"
-    with pytest.raises(FileNotFoundError, match=r"profile\.json is not a file"):
-        read_profile(path)
+    with pytest.raises(
+        FileNotFoundError, match=r"baseline must be a profile\.json, got .*profile\.json, which is not a file"
+    ):
+        read_profile(path, "baseline")
     for text in ("{", json.dumps({"kind": "other"}), json.dumps({**document, "format_version": 1})):
         path.write_text(text)
         with pytest.raises(ValueError, match="is not a profile"):
-            read_profile(path)
+            read_profile(path, "baseline")
     path.write_text(json.dumps(document))
-    assert read_profile(path) == document
+    assert read_profile(path, "baseline") == document
 
 
 # The Trace Event Format
@@ -203,7 +205,7 @@ def test_exit_codes_of_a_comparison(profiled: Path, tmp_path: Path, capsys: pyte
     [
         (["--fail-if", "p50>+5%"], "fail_if needs a baseline"),
         (["--baseline", "BASELINE", "--fail-if", "p50>5%"], "fail_if must be METRIC>+N%"),
-        (["--baseline", "nowhere.json"], "nowhere.json is not a file"),
+        (["--baseline", "nowhere.json"], "baseline must be a profile.json, got nowhere.json, which is not a file"),
         (["--baseline", "BASELINE", "--new-tokens", "9"], "settings.new_tokens must be that of the baseline, 3, got 9"),
         (["--baseline", "BASELINE", "--engine", "eager,compile"], "engines must be that of the baseline, ['eager']"),
         (["--beside", "BASELINE", "--batch", "2"], "settings.batches must be that of"),
