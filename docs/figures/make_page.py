@@ -15,6 +15,8 @@ HERE = Path(__file__).resolve().parent
 DEVICES = ("a100", "h100", "this")
 FAMILIES = {"dense": "dense", "moe": "MoE", "pkm": "PKM", "ultramem": "UltraMem"}
 COLORS = {"dense": "#00866a", "moe": "#d55e00", "pkm": "#b0578f", "ultramem": "#0072b2"}
+BUSY = 0.1
+"""A share of the time of other processes above which a page warns of it."""
 Documents = dict[tuple[str, int], dict[str, Any]]
 
 INTRO = """# The paper's figures
@@ -168,10 +170,10 @@ def _without_waiting(points: list[dict[str, Any]]) -> str:
         for point in points
     )
     share = sum(point["waiting_us"] for point in points) / sum(point["p50_us"] for point in points)
+    so = ", so the ratios of wall time to roofline say little by themselves" if share > BUSY else ""
     return (
-        f"Other processes took {share_text(share)} of the time of these calls, so the ratios of wall time to roofline "
-        f"say little by themselves. Of what is left, overhead, random rows and products explain {near} of "
-        f"{len(points)} within {EXPLAINED_WITHIN:g} times."
+        f"Other processes took {share_text(share)} of the time of these calls{so}. Of what is left, overhead, random "
+        f"rows and products explain {near} of {len(points)} within {EXPLAINED_WITHIN:g} times."
     )
 
 
