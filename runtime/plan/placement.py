@@ -1,0 +1,188 @@
+"""Where a table's rows go: on every rank, cut by rows, or cut by columns; with the reasons in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ultramem.runtime.plan.exchange import LookupShape, Placement, Pooling, Volume, Wire
+from ultramem.runtime.plan.volumes import columns, replicate, rows_at_home, rows_at_owner
+from ultramem.runtime.profile.units import bytes_text, number_text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One way to place a table."""
+
+    volume: Volume
+    """Of one lookup."""
+    refused: str | None
+    """Why it cannot be; None if it can."""
+
+    def sent_bytes(self, *, training: bool) -> int:
+        """Of one lookup, with its backward where there is one."""
+        return self.volume.total_bytes if training else self.volume.forward_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """The placement that sends the fewest bytes of those that can be."""
+
+    placement: Placement
+    pooling: Pooling | None
+    """Where rows are pooled in "rows"; None else."""
+    volume: Volume
+    """Of one lookup."""
+    reasons: tuple[str, ...]
+    """Sentences for people, the conclusion last."""
+    candidates: tuple[Candidate, ...]
+    """All that were weighed."""
+
+
+def choose_placement(
+    shape: LookupShape,
+    ranks: int,
+    *,
+    wire: Wire | None = None,
+    replica_bytes: int,
+    free_bytes: int | None = None,
+    distinct_rows: int | None = None,
+    sparse_gradient: bool = False,
+    training: bool = True,
+) -> Choice:
+    """The placement of a table over `ranks` that sends the fewest bytes and fits.
+
+    Ties go to the one that is named first: replicate, columns, rows pooled at home, rows pooled at the owner.
+
+    Args:
+        shape: of a lookup on one rank.
+        ranks: that share the table, one lookup each.
+        wire: bytes of what is sent; None: 2 bytes a number.
+        replica_bytes: memory that all tables of the model take on a rank that has them whole: rows, gradients, state.
+        free_bytes: memory that a rank has for them; None: nobody knows, so that tables of several ranks are sharded.
+        distinct_rows: different rows that a rank's lookup reads, where indices are deduplicated; None: they are not.
+        sparse_gradient: gradients are of touched rows, `distinct_rows` of them; else dense.
+        training: backward passes count; else the forward alone.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    if replica_bytes < 0 or (free_bytes is not None and free_bytes < 0):
+        raise ValueError(f"replica_bytes and free_bytes must be at least 0, got {replica_bytes} and {free_bytes}")
+    wire = wire or Wire()
+    touched = (distinct_rows or min(shape.reads, shape.table_rows)) if sparse_gradient else None
+    candidates = [
+        Candidate(
+            volume=replicate(shape, ranks, wire, distinct_rows=touched),
+            refused=_why_not_replicate(ranks, replica_bytes, free_bytes),
+        )
+    ]
+    why_not_columns = why_not_columns_of(shape, ranks)
+    if not shape.expert_dim:
+        candidates.append(Candidate(volume=columns(shape, ranks, wire), refused=why_not_columns))
+    candidates.append(
+        Candidate(
+            volume=rows_at_home(shape, ranks, wire, distinct_rows=distinct_rows), refused=_why_not_rows(shape, ranks)
+        )
+    )
+    if not shape.expert_dim:
+        candidates.append(Candidate(volume=rows_at_owner(shape, ranks, wire), refused=_why_not_rows(shape, ranks)))
+    possible = [each for each in candidates if each.refused is None]
+    if not possible:
+        raise ValueError(
+            f"ranks must be at most {shape.table_rows} (rows of the table) where it does not fit one rank whole, "
+            f"got {ranks}"
+        )
+    best = min(possible, key=lambda each: each.sent_bytes(training=training))
+    reasons = [_sentence(each, training) for each in candidates]
+    if shape.expert_dim:
+        reasons.append(str(why_not_columns))
+    return Choice(
+        placement=best.volume.placement,
+        pooling=best.volume.pooling,
+        volume=best.volume,
+        reasons=(*reasons, *_conclusion(best, possible, ranks, replica_bytes, free_bytes, training)),
+        candidates=tuple(candidates),
+    )
+
+
+def why_not_columns_of(shape: LookupShape, ranks: int) -> str | None:
+    """Why a table cannot be cut by columns for so many ranks; None if it can."""
+    if shape.expert_dim:
+        return "Columns are not possible: a slot's product needs its whole input row before its scores are known."
+    if shape.value_dim % ranks:
+        return f"Columns are not possible: value_dim {shape.value_dim} is no multiple of {ranks} ranks."
+    if ranks % shape.cores and shape.cores % ranks:
+        return (
+            f"Columns are not possible: with {shape.cores} cores and {ranks} ranks a rank's columns would belong to "
+            f"parts of several cores."
+        )
+    return None
+
+
+def _why_not_replicate(ranks: int, replica_bytes: int, free_bytes: int | None) -> str | None:
+    if ranks == 1:
+        return None
+    if free_bytes is None:
+        return (
+            f"Replicating is not considered: it takes {bytes_text(replica_bytes)} on each rank, and nobody says what "
+            f"a rank has."
+        )
+    if replica_bytes > free_bytes:
+        return (
+            f"Replicating is not possible: it takes {bytes_text(replica_bytes)} on each rank, which has "
+            f"{bytes_text(free_bytes)} for tables."
+        )
+    return None
+
+
+def _why_not_rows(shape: LookupShape, ranks: int) -> str | None:
+    if ranks > shape.table_rows:
+        return f"Rows are not possible: {ranks} ranks are more than the {shape.table_rows} rows."
+    return None
+
+
+def _sentence(candidate: Candidate, training: bool) -> str:
+    """What a candidate sends, or why it cannot be."""
+    if candidate.refused is not None:
+        return candidate.refused
+    volume = candidate.volume
+    phases = ("forward", "backward") if training else ("forward",)
+    counted = [each for each in volume.collectives if each.phase in phases]
+    if not counted:
+        return f"{volume.label.capitalize()}: nothing is sent."
+    largest = max(counted, key=lambda each: each.sent_bytes)
+    return (
+        f"{volume.label.capitalize()}: each rank sends {bytes_text(candidate.sent_bytes(training=training))} a lookup, "
+        f"{bytes_text(largest.sent_bytes)} of it {largest.payload}."
+    )
+
+
+def _conclusion(
+    best: Candidate,
+    possible: list[Candidate],
+    ranks: int,
+    replica_bytes: int,
+    free_bytes: int | None,
+    training: bool,
+) -> list[str]:
+    sent = best.sent_bytes(training=training)
+    others = [each for each in possible if each.volume.placement != best.volume.placement]
+    said = f"So: {best.volume.label}"
+    if others:
+        second = min(others, key=lambda each: each.sent_bytes(training=training))
+        times = (
+            "nothing is sent"
+            if not sent
+            else (
+                f"{second.volume.label} would send {number_text(second.sent_bytes(training=training) / sent)} times as much"
+            )
+        )
+        said += f"; {times}"
+    sentences = [f"{said}."]
+    shard_bytes = -(-replica_bytes // ranks)
+    if best.volume.placement != "replicate" and free_bytes is not None and shard_bytes > free_bytes:
+        sentences.append(
+            f"Even so a rank's part takes {bytes_text(shard_bytes)} of {bytes_text(free_bytes)}: more ranks are needed, "
+            f"or a table optimiser with less state."
+        )
+    return sentences
