@@ -129,7 +129,8 @@ def _tensors(value: Any) -> list[Tensor]:
 def _group(named: dict[str, Any]) -> dist.ProcessGroup:
     group: dist.ProcessGroup
     if "group_name" in named:
-        group = dist.distributed_c10d._resolve_process_group(named["group_name"])
+        resolve = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]  # not exported by name
+        group = resolve(named["group_name"])
     else:
         group = dist.ProcessGroup.unbox(named["process_group"])
     return group

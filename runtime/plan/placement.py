@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ultramem.runtime.plan.exchange import LookupShape, Placement, Pooling, Volume, Wire
 from ultramem.runtime.plan.volumes import columns, replicate, rows_at_home, rows_at_owner
-from ultramem.runtime.profile.units import bytes_text, number_text
+from ultramem.runtime.profile.units import bytes_text, number_text, share_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,13 +14,11 @@ class Candidate:
     """One way to place a table."""
 
     volume: Volume
-    """Of one lookup."""
+    """Of one lookup; of replicas, of the reduction of a step's gradient."""
+    step_bytes: int
+    """That a rank sends for one table in a step, which the choice compares."""
     refused: str | None
     """Why it cannot be; None if it can."""
-
-    def sent_bytes(self, *, training: bool) -> int:
-        """Of one lookup, with its backward where there is one."""
-        return self.volume.total_bytes if training else self.volume.forward_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +44,8 @@ def choose_placement(
     replica_bytes: int,
     free_bytes: int | None = None,
     distinct_rows: int | None = None,
-    sparse_gradient: bool = False,
+    touched_rows: int | None = None,
+    lookups: int = 1,
     training: bool = True,
 ) -> Choice:
     """The placement of a table over `ranks` that sends the fewest bytes and fits.
@@ -60,7 +59,9 @@ def choose_placement(
         replica_bytes: memory that all tables of the model take on a rank that has them whole: rows, gradients, state.
         free_bytes: memory that a rank has for them; None: nobody knows, so that tables of several ranks are sharded.
         distinct_rows: different rows that a rank's lookup reads, where indices are deduplicated; None: they are not.
-        sparse_gradient: gradients are of touched rows, `distinct_rows` of them; else dense.
+        touched_rows: different rows that a step of one rank touches, where gradients are of touched rows; None: they
+            are dense.
+        lookups: of a table in a step: layers that share it times micro-batches. Each exchanges; replicas reduce once.
         training: backward passes count; else the forward alone.
 
     Raises:
@@ -69,43 +70,46 @@ def choose_placement(
     if replica_bytes < 0 or (free_bytes is not None and free_bytes < 0):
         raise ValueError(f"replica_bytes and free_bytes must be at least 0, got {replica_bytes} and {free_bytes}")
     wire = wire or Wire()
-    touched = (distinct_rows or min(shape.reads, shape.table_rows)) if sparse_gradient else None
+    volumes = [replicate(shape, ranks, wire, distinct_rows=touched_rows)]
+    if not shape.expert_dim:
+        volumes.append(columns(shape, ranks, wire))
+    volumes.append(rows_at_home(shape, ranks, wire, distinct_rows=distinct_rows))
+    if not shape.expert_dim:
+        volumes.append(rows_at_owner(shape, ranks, wire))
+    refused = {
+        "replicate": _why_not_replicate(ranks, replica_bytes, free_bytes),
+        "columns": _why_not_columns(shape, ranks),
+        "rows": _why_not_rows(shape, ranks),
+    }
     candidates = [
         Candidate(
-            volume=replicate(shape, ranks, wire, distinct_rows=touched),
-            refused=_why_not_replicate(ranks, replica_bytes, free_bytes),
+            volume=volume,
+            step_bytes=(volume.total_bytes if training else volume.forward_bytes)
+            * (1 if volume.placement == "replicate" else lookups),
+            refused=refused[volume.placement],
         )
+        for volume in volumes
     ]
-    why_not_columns = why_not_columns_of(shape, ranks)
-    if not shape.expert_dim:
-        candidates.append(Candidate(volume=columns(shape, ranks, wire), refused=why_not_columns))
-    candidates.append(
-        Candidate(
-            volume=rows_at_home(shape, ranks, wire, distinct_rows=distinct_rows), refused=_why_not_rows(shape, ranks)
-        )
-    )
-    if not shape.expert_dim:
-        candidates.append(Candidate(volume=rows_at_owner(shape, ranks, wire), refused=_why_not_rows(shape, ranks)))
     possible = [each for each in candidates if each.refused is None]
     if not possible:
         raise ValueError(
             f"ranks must be at most {shape.table_rows} (rows of the table) where it does not fit one rank whole, "
             f"got {ranks}"
         )
-    best = min(possible, key=lambda each: each.sent_bytes(training=training))
+    best = min(possible, key=lambda each: each.step_bytes)
     reasons = [_sentence(each, training) for each in candidates]
     if shape.expert_dim:
-        reasons.append(str(why_not_columns))
+        reasons.append(str(refused["columns"]))
     return Choice(
         placement=best.volume.placement,
         pooling=best.volume.pooling,
         volume=best.volume,
-        reasons=(*reasons, *_conclusion(best, possible, ranks, replica_bytes, free_bytes, training)),
+        reasons=(*reasons, *_conclusion(best, possible, ranks, replica_bytes, free_bytes)),
         candidates=tuple(candidates),
     )
 
 
-def why_not_columns_of(shape: LookupShape, ranks: int) -> str | None:
+def _why_not_columns(shape: LookupShape, ranks: int) -> str | None:
     """Why a table cannot be cut by columns for so many ranks; None if it can."""
     if shape.expert_dim:
         return "Columns are not possible: a slot's product needs its whole input row before its scores are known."
@@ -151,38 +155,26 @@ def _sentence(candidate: Candidate, training: bool) -> str:
     if not counted:
         return f"{volume.label.capitalize()}: nothing is sent."
     largest = max(counted, key=lambda each: each.sent_bytes)
+    share = share_text(largest.sent_bytes / sum(each.sent_bytes for each in counted))
     return (
-        f"{volume.label.capitalize()}: each rank sends {bytes_text(candidate.sent_bytes(training=training))} a lookup, "
-        f"{bytes_text(largest.sent_bytes)} of it {largest.payload}."
+        f"{volume.label.capitalize()}: each rank sends {bytes_text(candidate.step_bytes)} a step and table, "
+        f"{share} of it {largest.payload}."
     )
 
 
 def _conclusion(
-    best: Candidate,
-    possible: list[Candidate],
-    ranks: int,
-    replica_bytes: int,
-    free_bytes: int | None,
-    training: bool,
+    best: Candidate, possible: list[Candidate], ranks: int, replica_bytes: int, free_bytes: int | None
 ) -> list[str]:
-    sent = best.sent_bytes(training=training)
-    others = [each for each in possible if each.volume.placement != best.volume.placement]
     said = f"So: {best.volume.label}"
-    if others:
-        second = min(others, key=lambda each: each.sent_bytes(training=training))
-        times = (
-            "nothing is sent"
-            if not sent
-            else (
-                f"{second.volume.label} would send {number_text(second.sent_bytes(training=training) / sent)} times as much"
-            )
-        )
-        said += f"; {times}"
+    others = [each for each in possible if each.volume.placement != best.volume.placement]
+    if others and best.step_bytes:
+        second = min(others, key=lambda each: each.step_bytes)
+        said += f"; {second.volume.label} would send {number_text(second.step_bytes / best.step_bytes)} times as much"
     sentences = [f"{said}."]
     shard_bytes = -(-replica_bytes // ranks)
     if best.volume.placement != "replicate" and free_bytes is not None and shard_bytes > free_bytes:
         sentences.append(
-            f"Even so a rank's part takes {bytes_text(shard_bytes)} of {bytes_text(free_bytes)}: more ranks are needed, "
-            f"or a table optimiser with less state."
+            f"Even so a rank's part takes {bytes_text(shard_bytes)} of {bytes_text(free_bytes)}: more ranks are "
+            f"needed, or a table optimiser with less state."
         )
     return sentences

@@ -1,0 +1,121 @@
+"""What to think of a plan, in sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ultramem.runtime.plan.exchange import lookup_shape
+from ultramem.runtime.plan.memory import rank_memory, require_memory, total_bytes
+from ultramem.runtime.plan.plan import PlacementPlan, Plan
+from ultramem.runtime.plan.volumes import rows_at_home
+from ultramem.runtime.profile.units import bytes_text, number_text, share_text, time_text
+
+SECTOR_BYTES = 32
+"""A GPU reads its memory in no smaller pieces."""
+EXPOSED_SHARE = 0.1
+"""Of a step, from which on waiting for the exchange is worth a word."""
+FASTER = 0.95
+"""Another placement is worth a word below this share of the chosen one's time."""
+
+
+def advice_on(plan: Plan) -> tuple[str, ...]:
+    """Sentences on what is short, what would be faster, and what the plan assumes."""
+    found = (_memory(plan), _faster(plan), _narrow_columns(plan), _exposed(plan), _rings(plan), _repeats(plan))
+    return tuple(each for each in found if each is not None)
+
+
+def _memory(plan: Plan) -> str | None:
+    needed, there = plan.chosen.memory_bytes, plan.device.memory_bytes
+    if needed <= there:
+        return f"A rank's memory suffices: {bytes_text(needed)} of {bytes_text(there)}."
+    said = f"A rank's memory does not suffice: {bytes_text(needed)} of {bytes_text(there)}"
+    changes: dict[str, dict[str, Any]] = {
+        "activation checkpointing": {"activation_checkpointing": True},
+        "row_adagrad": {"table_optimizer": "row_adagrad"},
+        "bfloat16 tables": {"table_dtype": "bfloat16"},
+        "half the tokens per rank": {"tokens_per_rank": plan.options.tokens_per_rank // 2},
+    }
+    enough = [
+        f"{each.volume.label} ({bytes_text(each.memory_bytes)})"
+        for each in plan.placements
+        if each.refused is None and each.memory_bytes <= there
+    ]
+    for name, change in changes.items():
+        if any(getattr(plan.options, field) == value for field, value in change.items()):
+            continue
+        try:
+            options = dataclasses.replace(plan.options, **change)
+            parts = rank_memory(plan.config, options, plan.chosen.volume.placement, plan.chosen.volume.pooling)
+        except ValueError:  # half a sequence, or more distinct rows than half the tokens read
+            continue
+        if total_bytes(parts) <= there:
+            enough.append(f"{name} ({bytes_text(total_bytes(parts))})")
+    return f"{said}. " + (f"It would with {', or with '.join(enough)}." if enough else "No one change is enough.")
+
+
+def _faster(plan: Plan) -> str | None:
+    """Bytes decide, but not all links are alike."""
+
+    def total_us(placement: PlacementPlan) -> float:
+        return placement.time.total_us
+
+    there = plan.device.memory_bytes
+    possible = [each for each in plan.placements if each.refused is None and each.memory_bytes <= there]
+    best = min(possible, key=total_us, default=plan.chosen)
+    if total_us(best) >= FASTER * total_us(plan.chosen):
+        return None
+    return (
+        f"By the model of time {best.volume.label} would be faster: {time_text(total_us(best))} a step, "
+        f"{time_text(total_us(plan.chosen))} as chosen. All-to-alls are bound by each rank's own network link, "
+        f"all-gathers by those of a whole node."
+    )
+
+
+def _narrow_columns(plan: Plan) -> str | None:
+    if plan.chosen.volume.placement != "columns":
+        return None
+    memory, size = require_memory(plan.config), 4 if plan.options.table_dtype == "float32" else 2
+    wide = memory.value_dim // plan.options.ranks * size
+    if wide >= SECTOR_BYTES:
+        return None
+    return (
+        f"A rank's part of a row is {wide} bytes, and memory is read in pieces of {SECTOR_BYTES}: lookups read "
+        f"{number_text(SECTOR_BYTES / wide)} times what they use. Fewer ranks to a table, or rows, avoid that."
+    )
+
+
+def _exposed(plan: Plan) -> str | None:
+    time = plan.chosen.time
+    share = time.exposed_exchange_us / time.total_us
+    if share < EXPOSED_SHARE:
+        return None
+    skips = [each.target - each.source for each in plan.config.parsed_insertions]
+    return (
+        f"The exchange is in the open for {time_text(time.exposed_exchange_us)} a step, {share_text(share)} of it: "
+        f"what {min(skips)} to {max(skips)} skipped layers compute, beside their own collectives, is too short to hide "
+        f"it. Narrower rows, a smaller top-m and memory layers that skip more make it shorter or hide it."
+    )
+
+
+def _rings(plan: Plan) -> str | None:
+    time, ranks = plan.chosen.time, plan.options.ranks
+    share = time.exposed_dense_us / time.total_us
+    if share < EXPOSED_SHARE:
+        return None
+    return (
+        f"Collectives of the dense part are in the open for {time_text(time.exposed_dense_us)} a step, "
+        f"{share_text(share)} of it: rings of {ranks} ranks take {ranks - 1} steps each. More tokens per rank would "
+        f"hide them."
+    )
+
+
+def _repeats(plan: Plan) -> str | None:
+    """What deduplication saves where reads are as the plan takes them."""
+    if plan.chosen.volume.pooling != "home" or plan.distinct_rows is None:
+        return None
+    shape = lookup_shape(require_memory(plan.config), plan.options.tokens_per_rank)
+    every = rows_at_home(shape, plan.options.ranks, plan.options.wire)
+    saved = 1 - plan.chosen.volume.total_bytes / every.total_bytes
+    source = "as given" if plan.options.distinct_rows is not None else "for rows chosen by chance; text repeats more"
+    return f"Deduplication saves {share_text(saved)} of the bytes ({source})."

@@ -1,0 +1,200 @@
+"""Memory of one rank in training, by arithmetic.
+
+Symbols: P ranks, D dense parameters (embedding and head among them), B those of a block, N rows of w columns (input rows
+of experts among them) in each table, b bytes of a table's number, e of an activation, U distinct rows of a lookup.
+
+| part | bytes |
+| --- | --- |
+| dense weights, gradients, AdamW | 4 D, 4 D, 8 D; with FSDP a P-th of each |
+| dense copies | FSDP: two blocks, embedding and head gathered, e each, and a block's gradients, 4 each; replicas: 2 D in bf16 |
+| table weights | b N w, a P-th of it where it is sharded |
+| table gradients | as the weights with AdamW; else `b w + 8` a row that the step touched, of a rank's share |
+| table optimiser | AdamW: 2 b a number; LazyAdamW: 8 a number and 4 a row; RowAdagrad: 8 a row |
+| activations | `activations.py` |
+| exchange | below, kept until the backward by every memory layer, and once what only lasts for the exchange |
+
+| exchange | kept | for a while |
+| --- | --- | --- |
+| rows at home | U w e rows | as many to answer others |
+| rows at the owner | the slots of others, as many as one's own: 8 + e C each | T P E Dv e pooled rows, sent and received |
+| columns | P T K slots: 8 + e C each | T E Dv e pooled columns, sent and received |
+| replicate | nothing | nothing |
+
+A rank's share of N rows is ceil(N / P); input rows of experts have numbers and states of their own. Columns have all N rows, so they keep N numbers where an optimiser has one a row.
+"""  # noqa: E501  # a table row is one line
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ultramem.config import MemoryConfig, ModelConfig
+from ultramem.counts import count
+from ultramem.runtime.figures.expected import expected_distinct
+from ultramem.runtime.plan.activations import activation_bytes
+from ultramem.runtime.plan.exchange import Placement, Pooling
+from ultramem.runtime.plan.options import TABLE_BYTES, PlanOptions
+
+
+class MemoryPart(NamedTuple):
+    """What one thing takes on a rank."""
+
+    name: str
+    bytes: int
+
+
+def rank_memory(
+    config: ModelConfig, options: PlanOptions, placement: Placement, pooling: Pooling | None = None
+) -> tuple[MemoryPart, ...]:
+    """Every part of a rank's memory in training, none left out.
+
+    Raises:
+        ValueError: the model has no memory layers, or mixtures of experts.
+    """
+    memory = require_memory(config)
+    parts = [
+        *_dense_parts(config, options),
+        *table_parts(config, options, placement),
+        MemoryPart(
+            "activations",
+            activation_bytes(
+                config,
+                tokens=options.tokens_per_rank,
+                sequence_length=options.sequence_length,
+                element_bytes=options.element_bytes,
+                checkpointing=options.activation_checkpointing,
+            ),
+        ),
+        MemoryPart("exchange", _exchange_bytes(memory, len(config.parsed_insertions), options, placement, pooling)),
+    ]
+    return tuple(parts)
+
+
+def total_bytes(parts: tuple[MemoryPart, ...]) -> int:
+    """Of all parts."""
+    return sum(part.bytes for part in parts)
+
+
+class TableShare(NamedTuple):
+    """What one rank has of all tables."""
+
+    numbers: int
+    """Of rows, those of experts' input rows among them."""
+    numbered_rows: int
+    """Rows that an optimiser keeps something of, once a row."""
+    touched_numbers: float
+    """Of rows that a step of all ranks touches."""
+    touched_rows: float
+
+
+def table_share(config: ModelConfig, options: PlanOptions, placement: Placement) -> TableShare:
+    """A rank's share of the tables, and of what a step touches by chance."""
+    memory = require_memory(config)
+    tables, width = num_tables(config), memory.value_dim + memory.expert_dim
+    ranks = 1 if placement == "replicate" else options.ranks
+    rows = memory.table_rows if placement == "columns" else -(-memory.table_rows // ranks)
+    columns = -(-width // ranks) if placement == "columns" else width
+    arrays = 2 if memory.expert_dim else 1  # input rows are a table of their own
+    draws = options.ranks * options.tokens_per_rank * options.accumulate * memory.num_slots
+    draws *= len(config.parsed_insertions) // tables
+    touched = tables * expected_distinct(draws, memory.table_rows) / (ranks if placement == "rows" else 1)
+    return TableShare(
+        numbers=tables * rows * columns,
+        numbered_rows=tables * rows * arrays,
+        touched_numbers=touched * columns,
+        touched_rows=touched * arrays,
+    )
+
+
+def table_parts(config: ModelConfig, options: PlanOptions, placement: Placement) -> list[MemoryPart]:
+    """Weights, gradients and optimiser state of all tables on a rank."""
+    share, size = table_share(config, options, placement), TABLE_BYTES[options.table_dtype]
+    gradient = share.numbers * size
+    if options.table_optimizer != "adamw":
+        gradient = round(share.touched_numbers * size + 8 * share.touched_rows)
+    state = {
+        "adamw": 2 * size * share.numbers,
+        "lazy_adamw": 8 * share.numbers + 4 * share.numbered_rows,
+        "row_adagrad": 8 * share.numbered_rows,
+    }[options.table_optimizer]
+    return [
+        MemoryPart("table weights", share.numbers * size),
+        MemoryPart("table gradients", gradient),
+        MemoryPart("table optimiser", state),
+    ]
+
+
+def num_tables(config: ModelConfig) -> int:
+    """Tables of the model: one a memory layer, or one for all."""
+    return len(config.parsed_insertions) if require_memory(config).table == "own" else 1
+
+
+def distinct_rows(memory: MemoryConfig, options: PlanOptions) -> int | None:
+    """Rows that a rank's lookup asks for if each is asked for once; None if repeated ones are asked for again.
+
+    Raises:
+        ValueError: there are more than are read, or than there are.
+    """
+    reads = options.tokens_per_rank * memory.num_slots
+    most = min(reads, memory.table_rows)
+    if options.distinct_rows is None:
+        return round(expected_distinct(reads, memory.num_values)) if options.deduplicate else None
+    if options.distinct_rows > most:
+        raise ValueError(f"distinct_rows must be in 1..{most} (rows read, rows there are), got {options.distinct_rows}")
+    return options.distinct_rows if options.deduplicate else None
+
+
+def dense_parameters(config: ModelConfig) -> int:
+    """All that is no table."""
+    memory = require_memory(config)
+    width = memory.value_dim + memory.expert_dim
+    return count(config).total_with_embeddings - num_tables(config) * memory.table_rows * width
+
+
+def require_memory(config: ModelConfig) -> MemoryConfig:
+    """The memory layers of a model that has them and no mixtures of experts.
+
+    Raises:
+        ValueError: it has none, or experts.
+    """
+    if config.memory is None:
+        raise ValueError("memory must not be None: a model without memory layers has no table to place")
+    if config.moe is not None:
+        raise ValueError(f"moe must be None, got {config.moe.num_experts} experts, which are not planned for")
+    return config.memory
+
+
+def _dense_parts(config: ModelConfig, options: PlanOptions) -> list[MemoryPart]:
+    dense, ends = dense_parameters(config), count(config).embedding
+    share = options.ranks if options.dense == "fsdp" else 1
+    shard = -(-dense // share)
+    block = -(-(dense - ends) // config.num_layers)
+    if share > 1:
+        copies = options.element_bytes * (2 * block + ends) + 4 * block
+    else:
+        copies = 2 * dense if options.dtype == "bf16" else 0
+    return [
+        MemoryPart("dense weights", 4 * shard),
+        MemoryPart("dense gradients", 4 * shard),
+        MemoryPart("dense optimiser", 8 * shard),
+        MemoryPart("dense copies", copies),
+    ]
+
+
+def _exchange_bytes(
+    memory: MemoryConfig, layers: int, options: PlanOptions, placement: Placement, pooling: Pooling | None
+) -> int:
+    if placement == "replicate" or options.ranks == 1:
+        return 0
+    size, tokens = options.element_bytes, options.tokens_per_rank
+    reads, pooled = tokens * memory.num_slots, tokens * memory.expansion * memory.value_dim * size
+    slot = 8 + size * memory.num_cores
+    if placement == "columns":
+        kept, passing = options.ranks * reads * slot, 2 * pooled
+    elif pooling == "owner":
+        kept, passing = reads * slot, 2 * options.ranks * pooled
+    else:
+        rows = distinct_rows(memory, options) or reads
+        kept = rows * (memory.value_dim + memory.expert_dim) * size
+        passing = kept
+    held = 1 if options.activation_checkpointing else layers
+    return held * kept + passing

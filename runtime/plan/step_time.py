@@ -1,0 +1,179 @@
+"""Time of one training step on many ranks, by a stated model.
+
+A stage of a forward takes the longer of its FLOPs at the device's rate of large products and its bytes at that of its
+memory (`runtime/profile/arithmetic.py` counts both); its backward takes twice that, and with checkpointing the forward
+is run once more. The optimiser moves its numbers through memory: weights read and written, the gradient read, and what
+state there is read and written. A collective takes its latency and its bytes at the links' line rate
+(`plan_devices.collective_us`).
+
+What is hidden: the exchange of a memory layer "3:5" runs beside the MLP of layer 3 and all of layers 4 and 5 in the
+forward, and beside their backwards in the backward, less what FSDP's collectives of these layers take of the links; one
+that skips nothing hides behind the MLP of its own layer. FSDP gathers a block (and scatters its gradients in float32)
+beside the compute of a neighbour; each forward and backward of a step does so. Gradients of replicas are reduced once a
+step, beside the last backward. Without `overlap` nothing is hidden.
+
+So this is a floor: kernels reach their roofs, links their line rate, no rank waits for another, and nothing but the
+above takes time. It compares placements better than it foretells a training run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ultramem.config import ModelConfig
+from ultramem.config.model import Insertion
+from ultramem.runtime.plan.exchange import Phase, Placement, Volume
+from ultramem.runtime.plan.memory import dense_parameters, num_tables, table_share
+from ultramem.runtime.plan.options import TABLE_BYTES, PlanOptions
+from ultramem.runtime.plan.plan_devices import PlanDevice, collective_us
+from ultramem.runtime.plan.volumes import others_share
+from ultramem.runtime.profile.arithmetic import MEMORY_STAGES, stage_costs
+
+BACKWARD = 2
+"""Times a forward: a product for the gradient of each of its inputs."""
+
+
+class StepTime(NamedTuple):
+    """Where a step's time goes."""
+
+    dense_us: float
+    """Attention, MLP, head and the rest, forward and backward."""
+    memory_us: float
+    """Memory layers, forward and backward, exchanges apart."""
+    optimizer_us: float
+    exchange_us: float
+    """Of tables, forward and backward, hidden or not."""
+    exposed_exchange_us: float
+    """What of it nothing hides."""
+    dense_collectives_us: float
+    """FSDP's, or the reduction of gradients."""
+    exposed_dense_us: float
+
+    @property
+    def total_us(self) -> float:
+        compute = self.dense_us + self.memory_us + self.optimizer_us
+        return compute + self.exposed_exchange_us + self.exposed_dense_us
+
+
+def step_time(config: ModelConfig, options: PlanOptions, device: PlanDevice, volume: Volume) -> StepTime:
+    """Of one step of `options.accumulate` forwards and backwards on each rank.
+
+    Args:
+        config: of a model with memory layers.
+        options: of the plan.
+        device: that every rank is.
+        volume: what one lookup sends, in the placement that it names; of replicas, the gradient of a whole step.
+    """
+    costs = {
+        each.stage: 1e6 * max(each.total_bytes / device.bytes_per_second, each.flops / device.flops_per_second)
+        for each in stage_costs(
+            config,
+            batch=options.tokens_per_rank // options.sequence_length,
+            new_tokens=options.sequence_length,
+            element_bytes=options.element_bytes,
+        )
+    }
+    memory_us = sum(costs[stage] for stage in MEMORY_STAGES)
+    dense_us = sum(time for stage, time in costs.items() if stage not in MEMORY_STAGES)
+    passes = options.accumulate * (1 + options.activation_checkpointing + BACKWARD)
+    optimizer_us = 1e6 * optimizer_bytes(config, options, volume.placement) / device.bytes_per_second
+    exchange, dense = _exchange(config, options, device, volume, costs), _dense(config, options, device, costs)
+    return StepTime(
+        dense_us=passes * dense_us,
+        memory_us=passes * memory_us,
+        optimizer_us=optimizer_us,
+        exchange_us=exchange.all_us,
+        exposed_exchange_us=exchange.exposed_us,
+        dense_collectives_us=dense.all_us,
+        exposed_dense_us=dense.exposed_us,
+    )
+
+
+def optimizer_bytes(config: ModelConfig, options: PlanOptions, placement: Placement) -> float:
+    """That the optimisers of a rank move through memory in a step."""
+    share, size = table_share(config, options, placement), TABLE_BYTES[options.table_dtype]
+    tables = {
+        "adamw": 7 * size * share.numbers,
+        "lazy_adamw": (3 * size + 16) * share.touched_numbers,
+        "row_adagrad": 3 * size * share.touched_numbers,
+    }[options.table_optimizer]
+    dense = dense_parameters(config) / (options.ranks if options.dense == "fsdp" else 1)
+    return 28 * dense + tables
+
+
+class _Collectives(NamedTuple):
+    """Time of a step's collectives of one sort."""
+
+    all_us: float
+    exposed_us: float
+
+
+def _exchange(
+    config: ModelConfig, options: PlanOptions, device: PlanDevice, volume: Volume, costs: dict[str, float]
+) -> _Collectives:
+    """Of all tables."""
+
+    def time_us(phase: Phase) -> float:
+        return sum(
+            collective_us(each.kind, each.sent_bytes, options, device.links)
+            for each in volume.collectives
+            if each.phase == phase
+        )
+
+    again = 1 + options.activation_checkpointing
+    forward_us, backward_us = again * time_us("forward"), time_us("backward")
+    if volume.placement == "replicate":  # once a step, beside the last backward
+        all_us = num_tables(config) * backward_us
+        hidden_us = BACKWARD * sum(costs.values()) if options.overlap else 0.0
+        return _Collectives(all_us, max(0.0, all_us - hidden_us))
+    unit = _dense_unit(config, options, device)
+    exposed_us = 0.0
+    for insertion in config.parsed_insertions:
+        skipped = insertion.target - insertion.source
+        window_us = _window_us(config, insertion, costs) if options.overlap else 0.0
+        forward_room = again * max(0.0, window_us - skipped * unit.gather_us)
+        backward_room = max(0.0, BACKWARD * window_us - skipped * (unit.gather_us + unit.scatter_us))
+        exposed_us += max(0.0, forward_us - forward_room) + max(0.0, backward_us - backward_room)
+    layers = len(config.parsed_insertions)
+    return _Collectives(options.accumulate * layers * (forward_us + backward_us), options.accumulate * exposed_us)
+
+
+def _window_us(config: ModelConfig, insertion: Insertion, costs: dict[str, float]) -> float:
+    """Forward of what runs between the place where a memory layer reads and the one where it is added."""
+    mlps = [number for number in range(1, config.num_layers + 1) if number not in config.layers_without_mlp]
+    skipped_mlps = sum(insertion.source <= number <= insertion.target for number in mlps)
+    attention_us = costs["attention"] / config.num_layers
+    return (insertion.target - insertion.source) * attention_us + skipped_mlps * costs["mlp"] / max(1, len(mlps))
+
+
+class _Unit(NamedTuple):
+    """Collectives of a block under FSDP; nothing without."""
+
+    gather_us: float
+    scatter_us: float
+
+
+def _dense_unit(config: ModelConfig, options: PlanOptions, device: PlanDevice) -> _Unit:
+    """Embedding and head are spread over the blocks."""
+    if options.dense != "fsdp":
+        return _Unit(0.0, 0.0)
+    numbers = others_share(dense_parameters(config) // config.num_layers, options.ranks)
+    gather = collective_us("all_gather", options.element_bytes * numbers, options, device.links)
+    return _Unit(gather, collective_us("reduce_scatter", 4 * numbers, options, device.links))
+
+
+def _dense(config: ModelConfig, options: PlanOptions, device: PlanDevice, costs: dict[str, float]) -> _Collectives:
+    """Of all that is no table."""
+    dense_us = costs["attention"] + costs["mlp"]
+    if options.dense == "replicate":
+        sent = 2 * others_share(4 * dense_parameters(config), options.ranks)
+        all_us = collective_us("all_reduce", sent, options, device.links)
+        return _Collectives(all_us, max(0.0, all_us - (BACKWARD * dense_us if options.overlap else 0.0)))
+    unit, layers = _dense_unit(config, options, device), config.num_layers
+    hidden_us = dense_us / layers if options.overlap else 0.0
+    again = 1 + options.activation_checkpointing
+    # Run again in the backward, a block is gathered once for both.
+    exposed_us = max(0.0, unit.gather_us - hidden_us)
+    exposed_us += max(0.0, unit.gather_us + unit.scatter_us - (BACKWARD + again - 1) * hidden_us)
+    times = options.accumulate * layers
+    return _Collectives(times * (2 * unit.gather_us + unit.scatter_us), times * exposed_us)

@@ -1,0 +1,172 @@
+"""Memory of a rank: activations against what autograd keeps, sums against built models, what each choice saves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812  # the name that everybody uses
+
+from ultramem import build_model, preset
+from ultramem.counts import count
+from ultramem.graph.value_table import ValueTable
+from ultramem.optim import build_optimizers
+from ultramem.runtime.figures.expected import expected_distinct
+from ultramem.runtime.plan.activations import activation_bytes
+from ultramem.runtime.plan.memory import rank_memory
+from ultramem.runtime.plan.options import PlanOptions
+
+BATCH, LENGTH = 2, 64
+FAMILIES = ["ultramem-tiny", "pkm-tiny", "memory-plus-tiny", "peer-tiny", "ultramem-v2-tiny", "dense-tiny"]
+
+
+def kept_for_backward(config):
+    """Bytes of all storages that autograd keeps for the backward of a step's loss, weights apart."""
+    torch.manual_seed(0)
+    model = build_model(config).train()
+    weights = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so that no address is used twice
+        return tensor
+
+    ids = torch.randint(0, config.vocab_size, (BATCH, LENGTH))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(ids)
+        F.cross_entropy(output.logits.flatten(0, 1), ids.flatten()) + output.aux_loss
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activations_are_what_autograd_keeps(name):
+    """In eager float32, where nothing is recomputed; the formula also has the loss's gradient, 4 bytes a logit."""
+    config = preset(name)
+    tokens = BATCH * LENGTH
+    counted = activation_bytes(config, tokens=tokens, sequence_length=LENGTH, element_bytes=4)
+    assert counted - 4 * tokens * config.vocab_size == pytest.approx(kept_for_backward(config), rel=0.002)
+
+
+def test_dropout_keeps_its_masks():
+    """A byte each, where eager mode on a CPU has a float32."""
+    plain = preset("ultramem-tiny")
+    dropping = dataclasses.replace(plain, dropout=0.1)
+    sizes = {"tokens": BATCH * LENGTH, "sequence_length": LENGTH, "element_bytes": 4}
+    counted = activation_bytes(dropping, **sizes) - activation_bytes(plain, **sizes)
+    assert 4 * counted == kept_for_backward(dropping) - kept_for_backward(plain)
+
+
+def test_checkpointing_keeps_less_and_longer_text_more():
+    config = preset("ultramem-1.6b-x12")
+    sizes = {"sequence_length": 2048, "element_bytes": 2}
+    every = activation_bytes(config, tokens=8192, **sizes)
+    few = activation_bytes(config, tokens=8192, **sizes, checkpointing=True)
+    assert few < every / 4
+    assert activation_bytes(config, tokens=16384, **sizes) > 1.9 * every
+
+
+def options(**changes):
+    return PlanOptions(**({"ranks": 1, "tokens_per_rank": 256, "sequence_length": 64} | changes))
+
+
+def by_name(config, chosen, placement="rows", pooling="home"):
+    return {part.name: part.bytes for part in rank_memory(config, chosen, placement, pooling)}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "dense-tiny"])
+@pytest.mark.parametrize("tables", ["adamw", "lazy_adamw", "row_adagrad"])
+def test_weights_and_state_are_those_of_a_model_that_was_trained(name, tables):
+    """On one rank: every parameter, its gradient and its optimiser state, after a step; but for steps and schedules."""
+    config = preset(name)
+    model = build_model(config)
+    optimizers = build_optimizers(model, lr=1e-3, tables=tables)
+    output = model(torch.randint(0, config.vocab_size, (2, 16)))
+    (output.logits.logsumexp(-1).mean() + output.aux_loss).backward()
+    rows = {id(each) for module in model.modules() if isinstance(module, ValueTable) for each in module.parameters()}
+    found = {"dense": [0, 0], "table": [0, 0]}
+    for parameter in model.parameters():
+        part = found["table" if id(parameter) in rows else "dense"]
+        part[0] += parameter.numel() * 4
+    for optimizer in optimizers:
+        optimizer.step()
+        for parameter, state in optimizer.state.items():
+            part = found["table" if id(parameter) in rows else "dense"]
+            kept = [each for key, each in state.items() if key not in ("step", "schedule")]
+            part[1] += sum(each.numel() * each.element_size() for each in kept)
+    counted = by_name(config, options(table_optimizer=tables))
+    assert [counted["dense weights"], counted["dense optimiser"]] == found["dense"]
+    assert [counted["table weights"], counted["table optimiser"]] == found["table"]
+    if tables == "adamw":
+        assert counted["table gradients"] == counted["table weights"]
+    assert counted["dense gradients"] == counted["dense weights"]
+    assert counted["exchange"] == 0
+
+
+def test_input_rows_have_a_row_state_of_their_own():
+    """Where slots are experts, two tables of N rows each keep what an optimiser has once a row."""
+    config = preset("peer-tiny")
+    state = by_name(config, options(table_optimizer="row_adagrad"))["table optimiser"]
+    assert state == 2 * 8 * config.memory.table_rows
+
+
+def test_shares_of_many_ranks_add_up():
+    """Rows and columns cut a table into equal parts; FSDP what is left."""
+    config = preset("ultramem-1.6b-x12")
+    counts = count(config)
+    whole, many = options(table_optimizer="adamw"), options(ranks=64, table_optimizer="adamw")
+    alone, rows, columns = by_name(config, whole), by_name(config, many), by_name(config, many, "columns", None)
+    assert alone["table weights"] == 4 * counts.sparse
+    assert alone["dense weights"] == 4 * (counts.dense + counts.embedding)
+    for name in ("table weights", "table gradients", "table optimiser"):
+        assert rows[name] == columns[name] == alone[name] // 64
+    for name in ("dense weights", "dense gradients", "dense optimiser"):
+        assert 0 <= 64 * rows[name] - alone[name] < 64 * 8
+    replicas = by_name(config, dataclasses.replace(many, dense="replicate"), "replicate", None)
+    assert {name: replicas[name] for name in alone if name.startswith(("table", "dense w", "dense o"))} == {
+        name: alone[name] for name in alone if name.startswith(("table", "dense w", "dense o"))
+    }
+
+
+def test_what_grows_and_what_shrinks_with_the_ranks():
+    config = preset("ultramem-1.6b-x12")
+    plans = [by_name(config, options(ranks=ranks)) for ranks in (2, 8, 64, 1024)]
+    for name in ("table weights", "table optimiser", "dense weights"):
+        assert [plan[name] for plan in plans] == sorted((plan[name] for plan in plans), reverse=True)
+    columns = [by_name(config, options(ranks=ranks), "columns", None)["exchange"] for ranks in (2, 8, 64, 1024)]
+    assert columns == sorted(columns)  # every rank holds the slots of all
+    home = [plan["exchange"] for plan in plans]
+    assert len(set(home)) == 1
+
+
+def test_touched_rows_are_what_a_lazy_gradient_costs():
+    """64 * 256 * 84 reads of 3.2 M rows by chance touch 1.1 M of each table."""
+    config = preset("ultramem-1.6b-x12")
+    memory = config.memory
+    touched = expected_distinct(64 * 256 * 84, memory.num_values)
+    parts = by_name(config, options(ranks=64))
+    assert parts["table gradients"] == round(6 * touched / 64 * (4 * 1024 + 8))
+    wide = by_name(config, options(ranks=64), "columns", None)
+    assert wide["table gradients"] == round(6 * touched * (4 * 16 + 8))
+    assert wide["table optimiser"] - parts["table optimiser"] == 4 * 6 * memory.num_values * 63 // 64
+
+
+def test_bad_numbers_are_named():
+    for changes, message in (
+        ({"ranks": 0}, r"ranks must be at least 1, got 0"),
+        ({"ranks": 12}, r"ranks must be a multiple of ranks_per_node \(8\) beyond one node, got 12"),
+        ({"tokens_per_rank": 100}, r"tokens_per_rank must be a multiple of sequence_length \(64\), got 100"),
+        ({"dtype": "fp8"}, r"dtype must be one of bf16, fp32, got 'fp8'"),
+        ({"network_gbit": 0.0}, r"network_gbit must be a positive number, got 0.0"),
+        ({"distinct_rows": 0}, r"distinct_rows must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            options(**changes)
+    with pytest.raises(ValueError, match=r"distinct_rows must be in 1\.\.8192 .*, got 8193"):
+        rank_memory(preset("ultramem-tiny"), options(ranks=2, distinct_rows=8193), "rows", "home")
+    with pytest.raises(ValueError, match=r"memory must not be None"):
+        rank_memory(preset("dense-tiny"), options(), "rows", "home")
+    with pytest.raises(ValueError, match=r"moe must be None, got 8 experts"):
+        activation_bytes(preset("moe-tiny"), tokens=1, sequence_length=1, element_bytes=4)

@@ -1,0 +1,162 @@
+"""The model of time: collectives and stages by hand, what hides and what does not, what is measured or assumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from ultramem import preset
+from ultramem.runtime.plan import Wire, columns, lookup_shape, replicate, rows_at_home
+from ultramem.runtime.plan.memory import dense_parameters
+from ultramem.runtime.plan.options import PlanOptions
+from ultramem.runtime.plan.plan_devices import (
+    MEASURED_BYTES_PER_SECOND,
+    MEASURED_FLOPS_PER_SECOND,
+    PLAN_DEVICES,
+    Links,
+    PlanDevice,
+    collective_us,
+    plan_device,
+)
+from ultramem.runtime.plan.step_time import step_time
+from ultramem.runtime.profile.arithmetic import MEMORY_STAGES, stage_costs
+
+CONFIG = preset("ultramem-1.6b-x12")
+LINKS = Links(
+    node_bytes_per_second=400e9, network_bytes_per_second=50e9, base_us=8, node_us=3, network_us=14, source="made up"
+)
+DEVICE = PlanDevice(
+    name="made-up", label="a device", flops_per_second=8e14, bytes_per_second=3e12, memory_bytes=80e9, links=LINKS,
+    source="made up",
+)  # fmt: skip
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks/results/gpu-nvidia-h100-80gb-hbm3.json"
+
+
+def options(**changes):
+    return PlanOptions(**({"ranks": 64} | changes))
+
+
+def shape_of(chosen):
+    return lookup_shape(CONFIG.memory, chosen.tokens_per_rank)
+
+
+def time_of(volume_of, **changes):
+    chosen = options(**changes)
+    return step_time(CONFIG, chosen, DEVICE, volume_of(shape_of(chosen), chosen.ranks, chosen.wire))
+
+
+def test_a_node_talks_over_its_own_links():
+    """8 ranks of one node: an all-to-all is one step, a ring takes 7, an all-reduce 14."""
+    one_node = options(ranks=8)
+    assert collective_us("all_to_all", 4 * 10**8, one_node, LINKS) == pytest.approx(8 + 3 + 1000)
+    assert collective_us("all_gather", 4 * 10**8, one_node, LINKS) == pytest.approx(8 + 7 * 3 + 1000)
+    assert collective_us("all_reduce", 4 * 10**8, one_node, LINKS) == pytest.approx(8 + 14 * 3 + 1000)
+
+
+def test_across_nodes_the_network_binds():
+    """64 ranks of 8: 56 of 63 parts of an all-to-all cross the network; a ring crosses 7 times, over 8 links."""
+    assert collective_us("all_to_all", 63 * 10**6, options(), LINKS) == pytest.approx(8 + 14 + 56e6 / 50e9 * 1e6)
+    assert collective_us("reduce_scatter", 4 * 10**8, options(), LINKS) == pytest.approx(8 + 56 * 3 + 7 * 14 + 1000)
+    alone = options(ranks_per_node=1)
+    assert collective_us("all_gather", 5 * 10**7, alone, LINKS) == pytest.approx(8 + 63 * 14 + 1000)
+
+
+def test_nothing_sent_takes_no_time():
+    assert collective_us("all_gather", 0, options(), LINKS) == 0
+    assert collective_us("all_gather", 10, options(ranks=1), LINKS) == 0
+
+
+def test_compute_is_three_forwards():
+    """A forward by its stages' roofs, and a backward of twice that; four with checkpointing."""
+    costs = stage_costs(CONFIG, batch=4, new_tokens=2048, element_bytes=2)
+    seconds = {each.stage: max(each.flops / 8e14, each.total_bytes / 3e12) for each in costs}
+    dense_us = 1e6 * sum(time for stage, time in seconds.items() if stage not in MEMORY_STAGES)
+    memory_us = 1e6 * sum(seconds[stage] for stage in MEMORY_STAGES)
+    time = time_of(columns)
+    assert (time.dense_us, time.memory_us) == (pytest.approx(3 * dense_us), pytest.approx(3 * memory_us))
+    again = time_of(columns, activation_checkpointing=True, accumulate=2)
+    assert (again.dense_us, again.memory_us) == (pytest.approx(8 * dense_us), pytest.approx(8 * memory_us))
+
+
+def test_a_dense_optimiser_moves_the_whole_share():
+    """Seven float32 numbers for each parameter of a rank's share; a lazy one only rows that were touched."""
+    every = time_of(columns, table_optimizer="adamw").optimizer_us
+    tables = 6 * CONFIG.memory.num_values * 1024
+    assert every == pytest.approx(1e6 * 28 * (tables + dense_parameters(CONFIG)) / 64 / 3e12)
+    few = {"tokens_per_rank": 64, "sequence_length": 64}
+    lazy, adagrad = (
+        time_of(columns, table_optimizer=name, **few).optimizer_us for name in ("lazy_adamw", "row_adagrad")
+    )
+    assert adagrad < lazy < every / 3
+
+
+def test_what_is_hidden_is_hidden_by_skipped_layers():
+    """Without overlap all of an exchange is in the open; with it, less; where nothing is skipped, more again."""
+    bare, hidden = (time_of(rows_at_home, overlap=overlap) for overlap in (False, True))
+    assert bare.exposed_exchange_us == pytest.approx(bare.exchange_us)
+    assert 0 < hidden.exposed_exchange_us < bare.exposed_exchange_us
+    assert hidden.exchange_us == bare.exchange_us
+    assert bare.exposed_dense_us == pytest.approx(bare.dense_collectives_us)
+
+    chosen = options()
+    close = dataclasses.replace(CONFIG, insertions="7:7/12:12/17:17/22:22/27:27/32:32")
+    volume = rows_at_home(shape_of(chosen), 64, chosen.wire)
+    assert step_time(close, chosen, DEVICE, volume).exposed_exchange_us > hidden.exposed_exchange_us
+    assert time_of(columns, ranks=8).exposed_exchange_us == 0  # a node's own links are quick enough
+
+
+def test_a_step_is_the_sum_of_what_nothing_hides():
+    time = time_of(rows_at_home)
+    compute = time.dense_us + time.memory_us + time.optimizer_us
+    assert time.total_us == compute + time.exposed_exchange_us + time.exposed_dense_us
+    assert time.total_us < compute + time.exchange_us + time.dense_collectives_us
+
+
+def test_replicas_reduce_once_a_step():
+    once, twice = (time_of(replicate, accumulate=times) for times in (1, 2))
+    assert once.exchange_us == twice.exchange_us > 0
+    assert time_of(columns, accumulate=2).exchange_us == pytest.approx(2 * time_of(columns).exchange_us)
+    dense = time_of(columns, dense="replicate")
+    sent = 2 * (4 * dense_parameters(CONFIG) - 4 * dense_parameters(CONFIG) // 64)
+    assert dense.dense_collectives_us == pytest.approx(collective_us("all_reduce", sent, options(), LINKS))
+
+
+def test_one_rank_waits_for_nobody():
+    time = time_of(rows_at_home, ranks=1)
+    assert time.exchange_us == time.dense_collectives_us == 0
+
+
+def test_rates_are_those_of_the_committed_benchmarks():
+    machines = [row["machine"] for row in json.loads(BENCHMARKS.read_text())["rows"]]
+    assert any(each["bytes_per_second"] == pytest.approx(MEASURED_BYTES_PER_SECOND, rel=0.005) for each in machines)
+    for name, dtype in (("bf16", "bfloat16"), ("fp32", "float32")):
+        rates = [each["flops_per_second"][dtype] for each in machines]
+        assert any(rate == pytest.approx(MEASURED_FLOPS_PER_SECOND[name], rel=0.005) for rate in rates)
+
+
+def test_devices_and_the_network_as_given():
+    h100, h200 = (plan_device(name, options()) for name in ("h100", "h200"))
+    assert h200.bytes_per_second / h100.bytes_per_second == pytest.approx(4.8 / 3.35)
+    assert (h100.memory_bytes, h200.memory_bytes) == (80e9, 141e9)
+    assert h100.links.network_bytes_per_second == 400e9 / 8
+    assert plan_device("h100", options(network_gbit=100.0)).links.network_bytes_per_second == 100e9 / 8
+    with pytest.raises(ValueError, match=r"device must be one of h100, h200, cpu, got 'tpu'"):
+        plan_device("tpu", options())
+    with pytest.raises(ValueError, match=r"network_gbit must be given with device cpu"):
+        plan_device("cpu", options())
+    here = plan_device("cpu", options(ranks=2, network_gbit=10.0))
+    assert here.links.node_bytes_per_second == 10e9 / 8
+    assert here.flops_per_second > 1e9
+    assert here.name in PLAN_DEVICES
+
+
+def test_indices_of_eight_bytes_take_longer():
+    wide = Wire(index_bytes=8)
+    chosen = options()
+    narrow_us, wide_us = (
+        step_time(CONFIG, chosen, DEVICE, columns(shape_of(chosen), 64, wire)).exchange_us for wire in (Wire(), wide)
+    )
+    assert wide_us > narrow_us
