@@ -14,7 +14,7 @@ Kind = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce"]
 Phase = Literal["forward", "backward"]
 
 LARGEST_INT32_COUNT = 2**31
-"""So many virtual rows have numbers that fit an int32."""
+"""So many rows have numbers that fit an int32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,26 +61,24 @@ class Wire:
     """Of a number in the gradient of a row, pooled or not."""
     score_gradient_bytes: int = 2
     index_bytes: int | None = None
-    """None: 4 where every virtual row has a number below 2^31, else 8."""
-    token_bytes: int = 4
-    """Of the token that a slot belongs to, which an owner who pools must know."""
+    """None: 4 where every row (or virtual row) has a number below 2^31, else 8."""
     count_bytes: int = 8
     """Of how many rows one rank asks another for, sent ahead of the indices. 0: the ranks know."""
 
     def __post_init__(self) -> None:
         require_fields_at_least(self, 1, "row_bytes", "score_bytes", "gradient_bytes", "score_gradient_bytes")
-        require_fields_at_least(self, 0, "token_bytes", "count_bytes")
+        require_fields_at_least(self, 0, "count_bytes")
         if self.index_bytes not in (None, 4, 8):
             raise ValueError(f"index_bytes must be 4, 8 or None, got {self.index_bytes}")
 
-    def index_bytes_for(self, shape: LookupShape) -> int:
-        """Bytes of the number of a virtual row."""
+    def index_bytes_for(self, shape: LookupShape, *, virtual: bool = False) -> int:
+        """Bytes of the number of a row, or of a virtual row, of which there are `blocks` times as many."""
         if self.index_bytes is not None:
             return self.index_bytes
-        return 4 if shape.table_rows * shape.blocks <= LARGEST_INT32_COUNT else 8
+        return 4 if shape.table_rows * (shape.blocks if virtual else 1) <= LARGEST_INT32_COUNT else 8
 
 
-PAPER_WIRE = Wire(index_bytes=4, token_bytes=0, count_bytes=0)
+PAPER_WIRE = Wire(index_bytes=4, count_bytes=0)
 """Of Appendix D: 4 bytes an index, 2 a score and a row's number, nothing sent ahead."""
 
 

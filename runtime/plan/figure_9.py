@@ -26,11 +26,12 @@ def figure_9(plan: Plan) -> str:
     """The figure as SVG.
 
     Raises:
-        ValueError: slots are experts, or read no more rows than there are blocks: columns cannot be, or never pay.
+        ValueError: slots are experts, whose input rows are not drawn, or there are no more slots than blocks, so that
+            columns never send less.
     """
     memory = require_memory(plan.config)
     if memory.expert_dim:
-        raise ValueError(f"plot must be of a model without experts as slots, got {plan.name}: it has no columns")
+        raise ValueError(f"plot must be of a model without experts as slots, got {plan.name}")
     shape, wire = lookup_shape(memory, TOKENS), dataclasses.replace(plan.options.wire, count_bytes=0)
     if equal_value_dim(shape, 2, wire) is None:
         raise ValueError(f"plot must be of a model with more slots than blocks, got {shape.slots} and {shape.blocks}")

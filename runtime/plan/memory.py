@@ -16,7 +16,7 @@ of experts among them) in each table, b bytes of a table's number, e of an activ
 | exchange | kept | for a while |
 | --- | --- | --- |
 | rows at home | U w e rows | as many to answer others |
-| rows at the owner | the slots of others, as many as one's own: 8 + e C each | T P E Dv e pooled rows, sent and received |
+| rows at the owner | P T K slots: 8 + e C each | P T E Dv e pooled rows, and T E Dv e received |
 | columns | P T K slots: 8 + e C each | T E Dv e pooled columns, sent and received |
 | replicate | nothing | nothing |
 
@@ -191,7 +191,7 @@ def _exchange_bytes(
     if placement == "columns":
         kept, passing = options.ranks * reads * slot, 2 * pooled
     elif pooling == "owner":
-        kept, passing = reads * slot, 2 * options.ranks * pooled
+        kept, passing = options.ranks * reads * slot, (options.ranks + 1) * pooled
     else:
         rows = distinct_rows(memory, options) or reads
         kept = rows * (memory.value_dim + memory.expert_dim) * size

@@ -70,12 +70,12 @@ def choose_placement(
     if replica_bytes < 0 or (free_bytes is not None and free_bytes < 0):
         raise ValueError(f"replica_bytes and free_bytes must be at least 0, got {replica_bytes} and {free_bytes}")
     wire = wire or Wire()
-    volumes = [replicate(shape, ranks, wire, distinct_rows=touched_rows)]
-    if not shape.expert_dim:
-        volumes.append(columns(shape, ranks, wire))
-    volumes.append(rows_at_home(shape, ranks, wire, distinct_rows=distinct_rows))
-    if not shape.expert_dim:
-        volumes.append(rows_at_owner(shape, ranks, wire))
+    volumes = (
+        replicate(shape, ranks, wire, distinct_rows=touched_rows),
+        columns(shape, ranks, wire),
+        rows_at_home(shape, ranks, wire, distinct_rows=distinct_rows),
+        rows_at_owner(shape, ranks, wire, distinct_rows=distinct_rows),
+    )
     refused = {
         "replicate": _why_not_replicate(ranks, replica_bytes, free_bytes),
         "columns": _why_not_columns(shape, ranks),
@@ -93,13 +93,11 @@ def choose_placement(
     possible = [each for each in candidates if each.refused is None]
     if not possible:
         raise ValueError(
-            f"ranks must be at most {shape.table_rows} (rows of the table) where it does not fit one rank whole, "
-            f"got {ranks}"
+            f"ranks must be so few that each has some of the {shape.table_rows} rows, where a table does not fit one "
+            f"rank whole, got {ranks}"
         )
     best = min(possible, key=lambda each: each.step_bytes)
     reasons = [_sentence(each, training) for each in candidates]
-    if shape.expert_dim:
-        reasons.append(str(refused["columns"]))
     return Choice(
         placement=best.volume.placement,
         pooling=best.volume.pooling,
@@ -110,16 +108,9 @@ def choose_placement(
 
 
 def _why_not_columns(shape: LookupShape, ranks: int) -> str | None:
-    """Why a table cannot be cut by columns for so many ranks; None if it can."""
-    if shape.expert_dim:
-        return "Columns are not possible: a slot's product needs its whole input row before its scores are known."
-    if shape.value_dim % ranks:
-        return f"Columns are not possible: value_dim {shape.value_dim} is no multiple of {ranks} ranks."
-    if ranks % shape.cores and shape.cores % ranks:
-        return (
-            f"Columns are not possible: with {shape.cores} cores and {ranks} ranks a rank's columns would belong to "
-            f"parts of several cores."
-        )
+    for name in ("value_dim", "expert_dim"):
+        if getattr(shape, name) % ranks:
+            return f"Columns are not possible: {name} {getattr(shape, name)} is no multiple of {ranks} ranks."
     return None
 
 
@@ -140,8 +131,10 @@ def _why_not_replicate(ranks: int, replica_bytes: int, free_bytes: int | None) -
 
 
 def _why_not_rows(shape: LookupShape, ranks: int) -> str | None:
-    if ranks > shape.table_rows:
-        return f"Rows are not possible: {ranks} ranks are more than the {shape.table_rows} rows."
+    if ranks > 1 and -(-shape.table_rows // ranks) * (ranks - 1) >= shape.table_rows:
+        return (
+            f"Rows are not possible: {shape.table_rows} rows are too few for {ranks} ranks to have some of them each."
+        )
     return None
 
 

@@ -166,10 +166,6 @@ def _chosen(options: PlanOptions, placements: tuple[PlacementPlan, ...], choice:
     if options.placement == "auto":
         return next(each for each in placements if each.volume == choice.volume)
     asked = [each for each in placements if each.volume.placement == options.placement]
-    if not asked:
-        raise ValueError(
-            f"placement must be replicate, rows or auto where slots are experts, got {options.placement!r}"
-        )
     # A replica that does not fit is still a plan, with its memory in the table; a cut that does not divide is none.
     if options.placement != "replicate" and all(each.refused for each in asked):
         raise ValueError(f"placement must not be {options.placement!r} here. {asked[0].refused}")

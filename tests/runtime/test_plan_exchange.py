@@ -120,23 +120,15 @@ def test_deduplication_sends_what_is_distinct(group):
 
 
 def test_rows_pooled_at_the_owner(group):
-    """Scores go to the rows; every owner answers with a row for each of a rank's tokens and blocks."""
+    """All ranks' indices and scores are gathered; each pools its rows for all tokens, and the sums are scattered."""
     ranks = group.size()
     shape = shape_for(ranks, value_dim=8)
     rows_TK, scores_TKC = even_rows_of(shape, ranks, 1024), scores_of()
-    tokens_TK = torch.arange(TOKENS).unsqueeze(1).expand(TOKENS, SLOTS)
     table_NV = torch.rand(shape.table_rows // ranks, shape.value_dim, dtype=DTYPE, requires_grad=True)
 
     def lookup():
-        order = rows_TK.flatten().argsort()
-        here = exchanged(rows_TK.flatten()[order].int(), ranks, group) % len(table_NV)
-        token = exchanged(tokens_TK.flatten()[order].int(), ranks, group).long() % TOKENS
-        scores = exchanged(scores_TKC.flatten(0, 1)[order], ranks, group)
-        rows = table_NV[here].unflatten(-1, (CORES, -1)) * scores.unsqueeze(-1)
-        rank = torch.arange(ranks).repeat_interleave(shape.reads // ranks)
-        pooled = rows.new_zeros(ranks * TOKENS * BLOCKS, shape.value_dim)
-        pooled = pooled.index_add(0, (rank * TOKENS + token) * BLOCKS, rows.flatten(1))
-        return exchanged(pooled, ranks, group).view(ranks, TOKENS, BLOCKS, -1).sum(0)
+        pooled = pooled_for_all(table_NV, *gathered(rows_TK, scores_TKC, group))
+        return collectives.reduce_scatter_tensor_autograd(pooled, "sum", 0, group)
 
     assert counted(lookup) == formula(rows_at_owner(shape, ranks, WIRE))
 
@@ -149,16 +141,23 @@ def test_columns(group):
     table_NV = torch.rand(shape.table_rows, shape.value_dim // ranks, dtype=DTYPE, requires_grad=True)
 
     def lookup():
-        rows = collectives.all_gather_tensor(rows_TK.int(), 0, group)
-        rows = torch.ops._c10d_functional.wait_tensor(rows).long() % len(table_NV)
-        scores = collectives.all_gather_tensor_autograd(scores_TKC, 0, group)
-        pooled = torch.nn.functional.embedding_bag(
-            rows, table_NV, per_sample_weights=scores[..., 0].contiguous(), mode="sum"
-        )
-        pooled = pooled.unsqueeze(1).expand(-1, BLOCKS, -1).contiguous()
-        return exchanged(pooled, ranks, group)
+        return exchanged(pooled_for_all(table_NV, *gathered(rows_TK, scores_TKC, group)), ranks, group)
 
     assert counted(lookup) == formula(columns(shape, ranks, WIRE))
+
+
+def gathered(rows_TK, scores_TKC, group):
+    """Rows and scores of the tokens of all ranks."""
+    rows = torch.ops._c10d_functional.wait_tensor(collectives.all_gather_tensor(rows_TK.int(), 0, group))
+    return rows.long(), collectives.all_gather_tensor_autograd(scores_TKC, 0, group)
+
+
+def pooled_for_all(table_NV, rows, scores):
+    """Rows pooled for every token, as many blocks as there are with the same in each."""
+    pooled = torch.nn.functional.embedding_bag(
+        rows % len(table_NV), table_NV, per_sample_weights=scores[..., 0].contiguous(), mode="sum"
+    )
+    return pooled.unsqueeze(1).expand(-1, BLOCKS, -1).contiguous()
 
 
 def test_replicas(group):

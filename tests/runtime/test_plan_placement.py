@@ -40,11 +40,7 @@ def test_columns_must_divide():
     choice = chosen(ranks=48)
     assert choice.placement == "rows"
     assert "Columns are not possible: value_dim 1024 is no multiple of 48 ranks." in choice.reasons
-    six = dataclasses.replace(SHAPE, value_dim=960)
-    assert chosen(six, ranks=3).placement == "rows"  # 320 columns a rank, of cores of 480
-    assert any("several cores" in reason for reason in chosen(six, ranks=3).reasons)
-    assert chosen(six, ranks=6).placement == "columns"
-    assert chosen(dataclasses.replace(six, cores=6), ranks=3).placement == "columns"  # two whole cores a rank
+    assert chosen(dataclasses.replace(SHAPE, value_dim=960), ranks=48).placement == "columns"
 
 
 def test_where_columns_do_not_divide_few_ranks_pool_at_the_owner():
@@ -93,10 +89,11 @@ def test_one_rank_has_the_whole_table():
     assert choice.reasons[-1].startswith("So: replicate")
 
 
-def test_experts_go_by_rows():
+def test_columns_of_input_rows_must_divide_too():
+    assert chosen(dataclasses.replace(SHAPE, expert_dim=64)).placement == "columns"
     choice = chosen(dataclasses.replace(SHAPE, expert_dim=32))
     assert (choice.placement, choice.pooling) == ("rows", "home")
-    assert any(reason.startswith("Columns are not possible") for reason in choice.reasons)
+    assert "Columns are not possible: expert_dim 32 is no multiple of 64 ranks." in choice.reasons
 
 
 def test_reasons_name_bytes_and_what_is_short():
@@ -110,7 +107,7 @@ def test_reasons_name_bytes_and_what_is_short():
 
 def test_nothing_is_chosen_where_nothing_fits():
     tiny = LookupShape(tokens=4, slots=2, value_dim=3, table_rows=4)
-    with pytest.raises(ValueError, match=r"ranks must be at most 4 .*, got 5"):
+    with pytest.raises(ValueError, match=r"ranks must be so few that each has some of the 4 rows, .*, got 5"):
         chosen(tiny, ranks=5)
     with pytest.raises(ValueError, match=r"at least 0, got -1 and"):
         chosen(replica_bytes=-1)

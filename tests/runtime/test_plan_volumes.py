@@ -31,7 +31,7 @@ def parts(volume, phase="forward"):
 def test_the_papers_rows_by_hand():
     """4 T K (P-1)/P and 2 T K Dv (P-1)/P with T 2048, K 84, P 64, Dv 1024: 172032 slots, of which 169344 elsewhere."""
     volume = rows_at_home(PAPER, 64, PAPER_WIRE)
-    assert parts(volume) == {"indices": 4 * 169344, "rows": 2 * 169344 * 1024}
+    assert parts(volume) == {"indices of rows": 4 * 169344, "rows": 2 * 169344 * 1024}
     assert volume.forward_bytes == 677_376 + 346_816_512
 
 
@@ -58,19 +58,22 @@ def test_backward_by_hand():
     }
     assert parts(rows_at_owner(SMALL, 4, wire), "backward") == {
         "gradients of pooled rows": 6 * 4 * 16 * 3 * 4,
-        "gradients of scores": 36 * 2 * 4,
+        "gradients of scores": 48 * 3 * 2 * 4,
     }
 
 
 def test_pooling_at_the_owner_by_hand():
-    volume = rows_at_owner(SMALL, 4, Wire())
-    assert parts(volume) == {
-        "counts": 24,
-        "indices": 36 * 4,
-        "tokens": 36 * 4,
-        "scores": 36 * 2 * 2,
+    assert parts(rows_at_owner(SMALL, 4, Wire())) == {
+        "indices": 48 * 3 * 4,
+        "scores": 48 * 3 * 2 * 2,
         "pooled rows": 6 * 4 * 16 * 3 * 2,
     }
+
+
+def test_columns_send_less_than_rows_pooled_at_their_owner():
+    """Whatever the shape: the same indices and scores, and a P-th of what was pooled."""
+    for ranks in (2, 8, 64):
+        assert columns(SMALL, ranks, Wire()).total_bytes < rows_at_owner(SMALL, ranks, Wire()).total_bytes
 
 
 def test_replicas_send_their_gradient_alone():
@@ -84,35 +87,49 @@ def test_replicas_send_their_gradient_alone():
     }
 
 
-@pytest.mark.parametrize(("rows", "blocks", "size"), [(2**29, 4, 4), (2**29 + 1, 4, 8), (2**31, 1, 4), (2**31, 4, 8)])
-def test_indices_are_as_narrow_as_virtual_rows_allow(rows, blocks, size):
+@pytest.mark.parametrize(
+    ("rows", "blocks", "size", "virtual"),
+    [(2**29, 4, 4, 4), (2**29 + 1, 4, 4, 8), (2**31, 1, 4, 4), (2**31 + 1, 1, 8, 8)],
+)
+def test_indices_are_as_narrow_as_their_number_allows(rows, blocks, size, virtual):
+    """Who pools elsewhere is told blocks too, so numbers of virtual rows."""
     shape = dataclasses.replace(SMALL, table_rows=rows, blocks=blocks)
-    assert Wire().index_bytes_for(shape) == size
-    assert parts(rows_at_home(shape, 4, Wire()))["indices"] == 36 * size
-    assert parts(columns(shape, 4, Wire()))["indices"] == 48 * 3 * size
+    assert parts(rows_at_home(shape, 4, Wire()))["indices of rows"] == 36 * size
+    assert parts(columns(shape, 4, Wire()))["indices"] == 48 * 3 * virtual
+    assert parts(rows_at_owner(shape, 4, Wire()))["indices"] == 48 * 3 * virtual
 
 
 def test_deduplication_sends_each_row_once():
     every, distinct = rows_at_home(SMALL, 4, Wire()), rows_at_home(SMALL, 4, Wire(), distinct_rows=24)
     for phase in ("forward", "backward"):
         for payload, sent in parts(every, phase).items():
-            share = 1 if payload == "counts" else 2
+            share = 1 if payload == "counts of rows" else 2
             assert sent == share * parts(distinct, phase)[payload]
 
 
 def test_uneven_owners_are_counted_as_they_are():
     """A rank that asks for 40 of its rows elsewhere and answers 10."""
     volume = rows_at_home(SMALL, 4, Wire(), asked=40, answered=10)
-    assert parts(volume) == {"counts": 24, "indices": 160, "rows": 320}
+    assert parts(volume) == {"counts of rows": 24, "indices of rows": 160, "rows": 320}
     assert parts(volume, "backward") == {"gradients of rows": 40 * 32}
 
 
-def test_experts_send_their_input_rows_too():
-    shape = dataclasses.replace(SMALL, expert_dim=8)
-    assert parts(rows_at_home(shape, 4, Wire()))["rows"] == 36 * 24 * 2
-    for refuses in (columns, rows_at_owner):
-        with pytest.raises(ValueError, match=r"expert_dim must be 0 with .*, got 8"):
-            refuses(shape, 4, Wire())
+def test_experts_by_hand():
+    """Input rows of 8 columns go home by themselves; with columns, queries go to the columns and products come back."""
+    shape, wire = dataclasses.replace(SMALL, expert_dim=8), Wire(gradient_bytes=4)
+    inputs = {"counts of input rows": 24, "indices of input rows": 144, "input rows": 36 * 8 * 2}
+    by_rows, at_owner = rows_at_home(shape, 4, wire), rows_at_owner(shape, 4, wire)
+    assert parts(by_rows) == inputs | parts(rows_at_home(SMALL, 4, wire))
+    assert parts(at_owner) == inputs | parts(rows_at_owner(SMALL, 4, wire))
+    assert parts(by_rows, "backward")["gradients of input rows"] == 36 * 8 * 4
+    by_columns = columns(shape, 4, wire)
+    assert parts(by_columns) == parts(columns(SMALL, 4, wire)) | {
+        "columns of queries": 6 * 6 * 2,
+        "indices of input rows": 48 * 3 * 4,
+        "products": 48 * 3 * 2,
+    }
+    assert parts(by_columns, "backward")["gradients of queries"] == 6 * 6 * 4
+    assert parts(by_columns, "backward")["gradients of products"] == 48 * 3 * 2
 
 
 @pytest.mark.parametrize("make", [rows_at_home, rows_at_owner, columns, replicate])
@@ -156,8 +173,8 @@ def test_the_papers_crossing_is_a_third_of_the_width():
     [
         (lambda: rows_at_home(SMALL, 0, Wire()), r"ranks must be at least 1, got 0"),
         (lambda: rows_at_home(SMALL, 4, Wire(), distinct_rows=49), r"distinct_rows must be in 1\.\.48 .*, got 49"),
-        (lambda: rows_at_home(SMALL, 4, Wire(), asked=49), r"asked must be in 0\.\.48 .*, got 49"),
-        (lambda: rows_at_owner(SMALL, 4, Wire(), asked=-1), r"asked must be in 0\.\.48 .*, got -1"),
+        (lambda: rows_at_home(SMALL, 4, Wire(), asked=49), r"asked must be in 0\.\.48 .*, got 49 and 49"),
+        (lambda: rows_at_home(SMALL, 4, Wire(), answered=-1), r"answered at least 0, got 36 and -1"),
         (lambda: dataclasses.replace(SMALL, tokens=0), r"tokens must be at least 1, got 0"),
         (lambda: Wire(index_bytes=2), r"index_bytes must be 4, 8 or None, got 2"),
         (lambda: Wire(row_bytes=0), r"row_bytes must be at least 1, got 0"),
