@@ -98,9 +98,7 @@ def init_table(table: ValueTable, layers: Sequence[UltraMemLayer]) -> None:
     if table.values_NV.is_meta:
         return
     variances = [value_variance(layer) for layer in layers]
-    nn.init.normal_(table.values_NV, std=math.sqrt(sum(variances) / len(variances)))
-    if table.experts_NP is not None:
-        nn.init.normal_(table.experts_NP, std=table.experts_NP.shape[1] ** -0.5)
+    table.draw_(values_std=math.sqrt(sum(variances) / len(variances)), experts_std=max(table.expert_dim, 1) ** -0.5)
 
 
 def value_variance(layer: UltraMemLayer) -> float:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from ultramem import ops
 from ultramem.config import MemoryConfig
 from ultramem.graph.memory_output import Pooled, make_output
+from ultramem.graph.sharded_table import Departed, ShardedValueTable, make_table
 from ultramem.graph.singular import leading_singular_pair, singular_values
+from ultramem.graph.table_shard import TableShard
 from ultramem.graph.value_table import ValueTable, asks_for_rows
 
 
@@ -159,17 +161,31 @@ class Lookup(nn.Module):
         )
 
     def forward(self, scores_THMC: Tensor, addresses_THM: Tensor, hidden_TD: Tensor, table: ValueTable) -> Pooled:
+        indices_TK, scores_TKC, seed = self.slots(scores_THMC, addresses_THM, hidden_TD, table)
+        rows_TEV = table(indices_TK, scores_TKC, self.num_blocks, permutation_seed=seed)
+        return Pooled(rows_TEV, self._score_sums(indices_TK, scores_TKC) if self.sums_scores else None)
+
+    def slots(
+        self, scores_THMC: Tensor, addresses_THM: Tensor, hidden_TD: Tensor, table: ValueTable
+    ) -> tuple[Tensor, Tensor, int | None]:
+        """What is looked up: virtual indices [T,K], or addresses and the seed of their permutation; scores [T,K,C]."""
         scores_TKC = scores_THMC.flatten(1, 2)
         if self.permutes_in_table:
-            rows_TEV = table(addresses_THM.flatten(1), scores_TKC, self.num_blocks, permutation_seed=self.seed)
-            return Pooled(rows_TEV, None)
+            return addresses_THM.flatten(1), scores_TKC, self.seed
         indices_TK = self.virtual_indices(addresses_THM.flatten(1))
         if self.has_experts:
             product_TK = table.expert_products(indices_TK, self.expert_query(hidden_TD))
             activation_TK = F.gelu(product_TK) if self.gelu else product_TK
             scores_TKC = scores_TKC * activation_TK.unsqueeze(-1)
-        rows_TEV = table(indices_TK, scores_TKC, self.num_blocks)
-        return Pooled(rows_TEV, self._score_sums(indices_TK, scores_TKC) if self.sums_scores else None)
+        return indices_TK, scores_TKC, None
+
+    def begin(
+        self, scores_THMC: Tensor, addresses_THM: Tensor, hidden_TD: Tensor, table: ShardedValueTable
+    ) -> tuple[Departed, Tensor | None]:
+        """The first half of `forward`, while the rows of a sharded table are on their way; and the sums of scores."""
+        indices_TK, scores_TKC, seed = self.slots(scores_THMC, addresses_THM, hidden_TD, table)
+        departed = table.begin(indices_TK, scores_TKC, self.num_blocks, permutation_seed=seed)
+        return departed, self._score_sums(indices_TK, scores_TKC) if self.sums_scores else None
 
     def virtual_indices(self, addresses_TK: Tensor) -> Tensor:
         """`block * rows of the table + row`, as `ops.lookup_reduce` reads it, of logical addresses."""
@@ -198,16 +214,19 @@ class UltraMemLayer(nn.Module):
         config: UltraMem's by default; its switches give PKM, Memory+, PEER and UltraMemV2 (`ultramem.presets()`).
         index: of this layer among those that share a table.
         own_table: False where the table is somebody else's, who passes it to `forward`.
+        shard: the part of its own table that this process holds; None: all of it.
     """
 
-    def __init__(self, config: MemoryConfig, *, index: int = 0, own_table: bool = True) -> None:
+    def __init__(
+        self, config: MemoryConfig, *, index: int = 0, own_table: bool = True, shard: TableShard | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.query = Query(config)
         self.score = Score(config)
         self.select = Select(config)
         self.lookup = Lookup(config, index)
-        self.table = ValueTable(config) if own_table else None
+        self.table = make_table(config, shard) if own_table else None
         self.expand = make_output(config)
         self.reset_parameters()
 
@@ -222,15 +241,32 @@ class UltraMemLayer(nn.Module):
     ) -> Tensor:
         table = self.table if table is None else table
         assert table is not None, "a layer without a table of its own is given one"
-        query = self.query(hidden_BSD, past_conv_BDW)
-        row_scores, col_scores = self.score(query)
-        scores, addresses = self.select(row_scores, col_scores)
+        scores, addresses = self._selected(hidden_BSD, past_conv_BDW)
         if asks_for_rows(table):
             table.ask_for(self.lookup.virtual_indices(addresses.flatten(1)))
         hidden_TD = hidden_BSD.flatten(0, 1)
         pooled = self.lookup(scores, addresses, hidden_TD, table)
         output_BSD: Tensor = self.expand(pooled, hidden_TD).view(hidden_BSD.shape)
         return output_BSD
+
+    def begin(
+        self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None, table: ShardedValueTable
+    ) -> tuple[Departed, Tensor | None]:
+        """The part of `forward` before the rows of a sharded table are needed; they travel until `finish`."""
+        scores, addresses = self._selected(hidden_BSD, past_conv_BDW)
+        return self.lookup.begin(scores, addresses, hidden_BSD.flatten(0, 1), table)
+
+    def finish(self, begun: tuple[Departed, Tensor | None], hidden_BSD: Tensor, table: ShardedValueTable) -> Tensor:
+        """The output of `forward`, after `begin` of the same input."""
+        departed, score_sums_TE = begun
+        pooled = Pooled(table.arrive(departed), score_sums_TE)
+        output_BSD: Tensor = self.expand(pooled, hidden_BSD.flatten(0, 1)).view(hidden_BSD.shape)
+        return output_BSD
+
+    def _selected(self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None) -> ops.TopK:
+        row_scores, col_scores = self.score(self.query(hidden_BSD, past_conv_BDW))
+        selected: ops.TopK = self.select(row_scores, col_scores)
+        return selected
 
     def next_conv(self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None = None) -> Tensor:
         """The last W-1 inputs [B,D,W-1], to pass with the sequence that follows; zeros where there were none."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ultramem.ops import accumulation_dtype
+
 # Squarings of the Gram matrix for r > 2, 2^10 power iterations: a second singular value of 0.99 of the first is damped
 # to 1e-9. It is scaled to trace 1 every 5: the largest of r eigenvalues is then at least r^-1, and r^-32 is a normal
 # float32 number up to r = 15.
@@ -13,11 +15,11 @@ SQUARINGS_PER_ROUND = 5
 
 
 def leading_singular_pair(core_HRR: Tensor) -> tuple[Tensor, Tensor]:
-    """Leading left and right singular vectors (u [H,R], t [H,R]) in float32, without gradient.
+    """Leading left and right singular vectors (u [H,R], t [H,R]), without gradient.
 
-    Their free common sign is fixed by `sum(u) + sum(t) >= 0`.
+    They are in float32, or in float64 of a float64 core. Their free common sign is fixed by `sum(u) + sum(t) >= 0`.
     """
-    core = core_HRR.detach().float()
+    core = core_HRR.detach().to(accumulation_dtype(core_HRR.dtype))
     t_HR = _leading_eigenvector(_product(core.transpose(1, 2), core))
     u_HR = _unit((core * t_HR.unsqueeze(1)).sum(2))
     negative = (u_HR.sum(1) + t_HR.sum(1) < 0).unsqueeze(1)
@@ -25,8 +27,8 @@ def leading_singular_pair(core_HRR: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def singular_values(core_HRR: Tensor) -> Tensor:
-    """Singular values [H,R], descending, in float32, with gradient: `d lambda_i = u_i^T dC t_i`."""
-    core = core_HRR.float()
+    """Singular values [H,R], descending, in the same type, with gradient: `d lambda_i = u_i^T dC t_i`."""
+    core = core_HRR.to(accumulation_dtype(core_HRR.dtype))
     rest = core.detach()
     values = []
     for _ in range(core.shape[-1]):
@@ -43,7 +45,7 @@ def _leading_eigenvector(gram_HRR: Tensor) -> Tensor:
         angle_H = 0.5 * torch.atan2(2 * gram_HRR[:, 0, 1], gram_HRR[:, 0, 0] - gram_HRR[:, 1, 1])
         return torch.stack([angle_H.cos(), angle_H.sin()], dim=1)
     # `diagonal` would make Inductor of torch 2.13 warn of its own deprecated function.
-    identity_RR = torch.eye(gram_HRR.shape[-1], device=gram_HRR.device)
+    identity_RR = torch.eye(gram_HRR.shape[-1], device=gram_HRR.device, dtype=gram_HRR.dtype)
     for _ in range(ROUNDS):
         trace_H = (gram_HRR * identity_RR).sum((1, 2))
         gram_HRR = gram_HRR / trace_H.clamp_min(torch.finfo(torch.float32).tiny).view(-1, 1, 1)

@@ -6,6 +6,8 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,8 +18,10 @@ from ultramem.config import ModelConfig
 from ultramem.graph.init import init_linear, init_table
 from ultramem.graph.memory_layer import UltraMemLayer
 from ultramem.graph.moe import MoE, MoEOutput
+from ultramem.graph.sharded_table import ShardedValueTable, make_table
 from ultramem.graph.static_cache import StaticCache
-from ultramem.graph.value_table import ValueTable
+from ultramem.graph.table_shard import TableShard
+from ultramem.ops import accumulation_dtype
 
 
 class Cache(NamedTuple):
@@ -76,16 +80,18 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2)), key, value
 
 
-def rotary_table(position_ids_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B,1,S,X/2] of the rotary angles (RoFormer, eq 34), in float32."""
-    exponent = torch.arange(0, head_dim, 2, device=position_ids_BS.device, dtype=torch.float32) / head_dim
-    angle = position_ids_BS[:, None, :, None].float() * theta**-exponent
+def rotary_table(
+    position_ids_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B,1,S,X/2] of the rotary angles (RoFormer, eq 34)."""
+    exponent = torch.arange(0, head_dim, 2, device=position_ids_BS.device, dtype=dtype) / head_dim
+    angle = position_ids_BS[:, None, :, None].to(dtype) * theta**-exponent
     return angle.cos(), angle.sin()
 
 
 def rotate(x_BASX: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the two halves of each head against each other."""
-    first, second = x_BASX.float().chunk(2, dim=-1)
+    first, second = x_BASX.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BASX.dtype)
 
 
@@ -121,20 +127,20 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder of `ModelConfig`."""
+    """The decoder of `ModelConfig`; with a `shard`, of its value tables this process holds a part."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, shard: TableShard | None = None) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, number) for number in range(1, config.num_layers + 1))
         shares = config.memory is not None and config.memory.table != "own"
         self.memories = nn.ModuleList(
-            UltraMemLayer(config.memory, index=index, own_table=not shares)
+            UltraMemLayer(config.memory, index=index, own_table=not shares, shard=shard)
             for index in range(len(config.parsed_insertions))
             if config.memory is not None
         )
-        self.table = ValueTable(config.memory) if config.memory is not None and shares else None
+        self.table = make_table(config.memory, shard) if config.memory is not None and shares else None
         self.norm = nn.LayerNorm(config.hidden_size, bias=False)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -191,7 +197,7 @@ class Transformer(nn.Module):
         token_BS1 = None if attention_mask is None else attention_mask[:, past_length:].unsqueeze(-1)
         hidden_BSD, state, aux_losses = self._layers(input_ids_BS, position_ids, mask, token_BS1, cache)
         logits_BSV = self.head(self.norm(hidden_BSD))  # here: traces of an export keep the lines of a forward alone
-        aux_loss = logits_BSV.new_zeros((), dtype=torch.float32)
+        aux_loss = logits_BSV.new_zeros((), dtype=accumulation_dtype(logits_BSV.dtype))
         if self.training:
             memory_losses = [memory.aux_loss() for memory in self.memories if isinstance(memory, UltraMemLayer)]
             aux_loss = sum([*aux_losses, *memory_losses], aux_loss)
@@ -223,10 +229,11 @@ class Transformer(nn.Module):
         cache: Cache | StaticCache | None,
     ) -> tuple[Tensor, tuple[tuple[Tensor, ...], ...], list[Tensor]]:
         """Output [B,S,D]; keys, values and last inputs of convolutions; the balance losses of mixtures of experts."""
-        rotary = rotary_table(position_ids_BS, self.config.head_dim, self.config.rope_theta)
+        wide = accumulation_dtype(self.embedding.weight.dtype)
+        rotary = rotary_table(position_ids_BS, self.config.head_dim, self.config.rope_theta, wide)
         hidden_BSD = self.dropout(self.embedding(input_ids_BS))
         keys, values, convs, aux_losses = [], [], [], []
-        waiting: dict[int, list[Tensor]] = {}
+        waiting: dict[int, list[Callable[[], Tensor]]] = {}
         insertions = self.config.parsed_insertions
         for number, block in enumerate(self.blocks, start=1):
             assert isinstance(block, Block)
@@ -243,7 +250,7 @@ class Transformer(nn.Module):
                     past_conv = cache.convs[index] if cache is not None and has_conv else None
                     memory = self.memories[index]
                     assert isinstance(memory, UltraMemLayer)
-                    waiting.setdefault(target, []).append(memory(memory_input, past_conv, table=self.table))
+                    waiting.setdefault(target, []).append(self._remember(memory, memory_input, past_conv))
                     if has_conv:
                         convs.append(memory.next_conv(memory_input, past_conv))
             if block.mlp is not None:
@@ -252,9 +259,20 @@ class Transformer(nn.Module):
                     aux_losses.append(output.balance_loss)
                     output = output.hidden_BSD
                 hidden_BSD = hidden_BSD + self.dropout(output)
-            for memory_output_BSD in waiting.pop(number, ()):
-                hidden_BSD = hidden_BSD + self.dropout(memory_output_BSD)
+            for recall in waiting.pop(number, ()):
+                hidden_BSD = hidden_BSD + self.dropout(recall())
         return hidden_BSD, (tuple(keys), tuple(values), tuple(convs)), aux_losses
+
+    def _remember(
+        self, memory: UltraMemLayer, hidden_BSD: Tensor, past_conv_BDW: Tensor | None
+    ) -> Callable[[], Tensor]:
+        """What gives the memory's output [B,S,D] later: rows of a sharded table travel meanwhile."""
+        table = memory.table if self.table is None else self.table
+        if isinstance(table, ShardedValueTable):
+            begun = memory.begin(hidden_BSD, past_conv_BDW, table)
+            return partial(memory.finish, begun, hidden_BSD, table)
+        output_BSD = memory(hidden_BSD, past_conv_BDW, table=self.table)
+        return lambda: output_BSD
 
     @staticmethod
     def _mask(input_ids_BS: Tensor, attention_mask: Tensor | None, past_length: int) -> Tensor:
@@ -277,7 +295,11 @@ class Transformer(nn.Module):
 
 
 def build_model(
-    config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    config: ModelConfig,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    shard: TableShard | None = None,
 ) -> Transformer:
     """The model of `config` with fresh weights (none on the meta device).
 
@@ -285,6 +307,8 @@ def build_model(
         config: a `ModelConfig`, as from `ultramem.preset`.
         device: where to build; None: the current default device, as under `torch.device("meta")`.
         dtype: of the weights; None: float32.
+        shard: the part of the value tables that this process holds; None: all of them. No process ever makes a whole
+            table, and together they have the numbers that one would have.
 
     Raises:
         TypeError: config is not a ModelConfig.
@@ -292,8 +316,8 @@ def build_model(
     if not isinstance(config, ModelConfig):
         raise TypeError(f"config must be a ModelConfig (see ultramem.preset), got {type(config).__name__}")
     if device is None:
-        model = Transformer(config)
+        model = Transformer(config, shard)
     else:
         with torch.device(device):
-            model = Transformer(config)
+            model = Transformer(config, shard)
     return model if dtype is None else model.to(dtype)

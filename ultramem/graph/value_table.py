@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ultramem import ops
 from ultramem.config import MemoryConfig
+from ultramem.graph.table_shard import TableShard
 from ultramem.ops.huge_pages import LARGE_BYTES, advise_huge_pages
 
 
@@ -17,6 +18,43 @@ def _empty_rows(n: int, d: int) -> nn.Parameter:
     rows_ND = torch.empty(n, d)
     advise_huge_pages(rows_ND, at_least_bytes=LARGE_BYTES)
     return nn.Parameter(rows_ND)
+
+
+def _part(name: str, rows: int, columns: int, shard: TableShard | None) -> tuple[int, int]:
+    """Rows and columns of a table that are held here."""
+    if shard is None:
+        return rows, columns
+    shard.require_fits(name, rows, columns)
+    kept = shard.slices(rows, columns)
+    return kept[0].stop - kept[0].start, kept[1].stop - kept[1].start
+
+
+def pool_rows(
+    values_NV: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    num_blocks: int,
+    *,
+    lazy: ops.LazyRows | None = None,
+    sparse_grad: bool = False,
+    permutation_seed: int | None = None,
+) -> Tensor:
+    """Pooled rows [T,E,V] in the wider type of rows and scores: a narrow table does not narrow the model."""
+    dtype = max(scores_TKC.dtype, values_NV.dtype, key=lambda each: each.itemsize)
+    if scores_TKC.dtype != torch.float32:
+        scores_TKC = scores_TKC.to(values_NV.dtype)
+    if lazy is not None:
+        pooled_TEV = ops.lookup_reduce_lazy(values_NV, lazy, indices_TK, scores_TKC, num_blocks=num_blocks)
+    else:
+        pooled_TEV = ops.lookup_reduce(
+            values_NV,
+            indices_TK,
+            scores_TKC,
+            num_blocks=num_blocks,
+            sparse_grad=sparse_grad,
+            permutation_seed=permutation_seed,
+        )
+    return pooled_TEV.to(dtype)
 
 
 class ValueTable(nn.Module):
@@ -33,15 +71,23 @@ class ValueTable(nn.Module):
         row_use_N: how often each row was read in training since it was last set to zero, int64; None unless
             `count_row_use` was called. Not part of the state dict.
         is_mapped: the rows are pages of a file, which a layer asks for as soon as it knows which it will read.
+        expert_dim: width of the input rows; 0 without any.
+
+    Args:
+        config: of the layers that read the table.
+        shard: the part of the rows that this process holds (see `ShardedValueTable`); None: all of them.
     """
 
     experts_NP: nn.Parameter | None
     row_use_N: Tensor | None
 
-    def __init__(self, config: MemoryConfig) -> None:
+    def __init__(self, config: MemoryConfig, shard: TableShard | None = None) -> None:
         super().__init__()
-        self.values_NV = _empty_rows(config.table_rows, config.value_dim)
-        experts = _empty_rows(config.table_rows, config.expert_dim) if config.expert_dim else None
+        self.values_NV = _empty_rows(*_part("value_dim", config.table_rows, config.value_dim, shard))
+        self.expert_dim = config.expert_dim
+        experts = None
+        if config.expert_dim:
+            experts = _empty_rows(*_part("expert_dim", config.table_rows, config.expert_dim, shard))
         self.register_parameter("experts_NP", experts)
         self.sparse_grad = False
         self.lazy_rows: ops.LazyRows | None = None
@@ -66,24 +112,15 @@ class ValueTable(nn.Module):
         if self.row_use_N is not None and self.training:
             rows = (indices_TK % values_NV.shape[0]).flatten()
             self.row_use_N.index_add_(0, rows, torch.ones_like(rows))
-        # A narrow table does not narrow the model.
-        dtype = max(scores_TKC.dtype, values_NV.dtype, key=lambda each: each.itemsize)
-        if scores_TKC.dtype != torch.float32:
-            scores_TKC = scores_TKC.to(values_NV.dtype)
-        if self.lazy_rows is not None:
-            pooled_TEV = ops.lookup_reduce_lazy(
-                values_NV, self.lazy_rows, indices_TK, scores_TKC, num_blocks=num_blocks
-            )
-        else:
-            pooled_TEV = ops.lookup_reduce(
-                values_NV,
-                indices_TK,
-                scores_TKC,
-                num_blocks=num_blocks,
-                sparse_grad=self.sparse_grad,
-                permutation_seed=permutation_seed,
-            )
-        return pooled_TEV.to(dtype)
+        return pool_rows(
+            values_NV,
+            indices_TK,
+            scores_TKC,
+            num_blocks,
+            lazy=self.lazy_rows,
+            sparse_grad=self.sparse_grad,
+            permutation_seed=permutation_seed,
+        )
 
     def expert_products(self, indices_TK: Tensor, query_TP: Tensor) -> Tensor:
         """Products [T,K] of the query with the input rows of virtual indices (see `ultramem.ops.lookup_dot`)."""
@@ -94,6 +131,12 @@ class ValueTable(nn.Module):
         else:
             product_TK = ops.lookup_dot(self.experts_NP, indices_TK, query, sparse_grad=self.sparse_grad)
         return product_TK.to(query_TP.dtype)
+
+    def draw_(self, *, values_std: float, experts_std: float) -> None:
+        """Fill the rows with normal numbers."""
+        nn.init.normal_(self.values_NV, std=values_std)
+        if self.experts_NP is not None:
+            nn.init.normal_(self.experts_NP, std=experts_std)
 
     def ask_for(self, indices_TK: Tensor) -> None:
         """Have the system read the rows of virtual indices from their file, all at once."""

@@ -1,6 +1,7 @@
 """The stages of a memory layer that a compiler cannot derive, each as `torch.ops.ultramem.<op>`."""
 
 from ultramem.ops import reference
+from ultramem.ops._registration import accumulation_dtype
 from ultramem.ops.ask_for_rows import ask_for_rows, expect_single_rows
 from ultramem.ops.catch_up import LazyRows, catch_up_, catch_up_rows
 from ultramem.ops.grouped_mm import grouped_mm
@@ -19,6 +20,8 @@ from ultramem.ops.lookup_reduce_quantized import (
 from ultramem.ops.permute_addresses import address_table, permute_addresses
 from ultramem.ops.product_topk import TopK, product_topk
 from ultramem.ops.round_stochastically import round_stochastically
+from ultramem.ops.route_own import OwnSlots, route_own
+from ultramem.ops.route_rows import Route, route_rows
 from ultramem.ops.sorted_slots import SortedSlots, sort_slots
 from ultramem.ops.tucker_topk import tucker_topk
 from ultramem.ops.update_rows import adagrad_rows_, adamw_rows_
@@ -27,9 +30,12 @@ from ultramem.ops.update_segments import adagrad_segments_, adamw_segments_
 __all__ = [
     "Implementation",
     "LazyRows",
+    "OwnSlots",
     "QuantizedRows",
+    "Route",
     "SortedSlots",
     "TopK",
+    "accumulation_dtype",
     "adagrad_rows_",
     "adagrad_segments_",
     "adamw_rows_",
@@ -51,6 +57,8 @@ __all__ = [
     "quantize_rows",
     "reference",
     "round_stochastically",
+    "route_own",
+    "route_rows",
     "sort_slots",
     "tucker_topk",
     "unpack_rows",
