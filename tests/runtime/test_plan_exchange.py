@@ -1,65 +1,88 @@
-"""Formulas against collectives: each exchange written out plainly, run on a fake process group, its bytes counted.
+"""Formulas against the layers themselves, run on a fake process group of 8, 64 and 1024 ranks, their bytes counted.
 
-Nothing arrives on a fake group, so that counts of rows cannot be exchanged: reads are spread evenly over the owners, as
-the formulas take them. Shapes: T tokens, K slots, C cores, E blocks, V value dim, U distinct rows, P ranks.
+Nothing arrives on a fake group. So what other ranks would have sent is made up where it matters: all of them ask this
+one for as many rows as it asks of itself, and for the first row. What this rank asks for is chosen by its own layer,
+and uneven.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ultramem.runtime.plan import LookupShape, Wire, columns, replicate, rows_at_home, rows_at_owner
+from ultramem import MemoryConfig, UltraMemLayer
+from ultramem.config.pkm import PKM_SWITCHES
+from ultramem.graph import sharded_table
+from ultramem.graph.table_shard import TableShard
+from ultramem.ops.exchange import ALL_TO_ALL
+from ultramem.runtime.plan import Wire, columns, lookup_shape, replicate, rows_at_home, rows_at_owner
 from ultramem.runtime.plan.count_bytes import CountBytes
 
-# torch 2.13 has new names for two functional collectives; the old ones are those that 2.11 has as well.
+# torch 2.13 has a new name for what 2.11 calls all_gather_into_tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
-TOKENS, SLOTS, CORES, BLOCKS = 16, 64, 2, 4
-DTYPE = torch.bfloat16
-WIRE = Wire(count_bytes=0)
+TOKENS = 2, 8
+MEMORY = MemoryConfig(hidden_size=32, num_layers=2, value_dim=1024, key_dim=8, knum=64, top_m=8)
+NARROW = replace(MEMORY, value_dim=16)
+"""Pooled at the owner every rank makes P times the tokens: rows of 1024 would take gigabytes."""
+EXPERTS = replace(NARROW, value_dim=64, expert_dim=128, expert_project=True)
+PKM = replace(MEMORY, **{**PKM_SWITCHES, "value_dim": 32, "expansion": 1})
+BF16 = {"exchange_dtype": torch.bfloat16}
+FULL = Wire(row_bytes=4, score_bytes=4, gradient_bytes=4, score_gradient_bytes=4)
 
 
 @pytest.fixture(params=[8, 64, 1024])
-def group(request):
-    dist.init_process_group("fake", rank=1, world_size=request.param, store=FakeStore())
-    yield dist.group.WORLD
+def mesh(request):
+    dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
+    yield init_device_mesh("cpu", (request.param,))
     dist.destroy_process_group()
 
 
-def shape_for(ranks, value_dim=None):
-    return LookupShape(
-        tokens=TOKENS,
-        slots=SLOTS,
-        cores=CORES,
-        blocks=BLOCKS,
-        value_dim=value_dim or ranks,
-        table_rows=ranks * 256,
-    )
+class Asked:
+    """What the layer asked of other ranks in its last request, and what they would ask of it."""
+
+    distinct_rows = 0
+    elsewhere = 0
+    answered = 0
 
 
-def even_rows_of(shape, ranks, distinct_rows):
-    """Row numbers [T,K], `distinct_rows` different ones, of which every rank owns as many."""
-    each = distinct_rows // ranks
-    owners = torch.arange(ranks).repeat_interleave(each) * (shape.table_rows // ranks)
-    distinct_U = owners + torch.arange(each).repeat(ranks)
-    return distinct_U.repeat(shape.reads // distinct_rows).view(TOKENS, SLOTS)
+@pytest.fixture
+def asked(monkeypatch):
+    """Makes up what a fake group does not deliver, after the collective was called as ever."""
+    seen = Asked()
+    real = sharded_table.exchange
+
+    def exchange(tensor, way):
+        came = real(tensor, way)
+        if came.is_floating_point():
+            return came
+        if way.kind == ALL_TO_ALL and way.send is None:  # counts: others ask as many of this rank as it does itself
+            seen.distinct_rows, own = int(tensor.sum()), int(tensor[0])
+            made_up = max(1, own)  # a fake group, unlike gloo, refuses to send nothing to whoever expects something
+            seen.elsewhere, seen.answered = seen.distinct_rows - own, (way.size - 1) * made_up
+            return torch.full_like(came, made_up)
+        return torch.zeros_like(came)
+
+    monkeypatch.setattr(sharded_table, "exchange", exchange)
+    return seen
 
 
-def scores_of():
-    return torch.rand(TOKENS, SLOTS, CORES, dtype=DTYPE, requires_grad=True)
-
-
-def counted(lookup):
-    """Bytes by kind that the lookup sends in its forward, and in its backward."""
+def counted(config, mesh, **shard):
+    """Bytes by kind of collective that a layer of a rank sends in its forward, and in its backward."""
+    torch.manual_seed(0)
+    layer = UltraMemLayer(config, shard=TableShard(mesh=mesh, **shard))
+    hidden_BSD = torch.randn(*TOKENS, config.hidden_size, requires_grad=True)
     with CountBytes() as count:
-        output = lookup()
+        output_BSD = layer(hidden_BSD)
         forward = count.by_kind()
         count.take()
-        output.float().sum().backward()
+        output_BSD.sum().backward()
+    assert layer.table.values_NV.grad is not None
     return forward, count.by_kind()
 
 
@@ -70,105 +93,87 @@ def formula(volume):
     return found["forward"], found["backward"]
 
 
-def exchanged(sent, parts, group):
-    """An all-to-all of equal parts, with a gradient where there is one to take."""
-    splits = [len(sent) // parts] * parts
-    if sent.requires_grad:
-        return collectives.all_to_all_single_autograd(sent, splits, splits, group)
-    return torch.ops._c10d_functional.wait_tensor(collectives.all_to_all_single(sent, splits, splits, group))
+def shape_of(config):
+    return lookup_shape(config, TOKENS[0] * TOKENS[1])
 
 
-@pytest.mark.parametrize("distinct_rows", [None, 1024])
-def test_rows_pooled_at_home(group, distinct_rows):
-    """Each distinct row is asked for once, and comes back once; so does its gradient. 1024 rows read by 1024 slots
-    repeat none; without deduplication the same rows are asked for slot by slot."""
-    ranks = group.size()
-    shape = shape_for(ranks)
-    rows_TK = even_rows_of(shape, ranks, 1024)
-    table_NV = torch.rand(shape.table_rows // ranks, shape.value_dim, dtype=DTYPE, requires_grad=True)
-    scores_TKC = scores_of()
-
-    def lookup():
-        asked, place = rows_TK.flatten(), torch.arange(shape.reads)
-        if distinct_rows is not None:
-            asked, place = asked.unique(return_inverse=True)
-        here = exchanged(asked.int(), ranks, group) % len(table_NV)
-        rows_UV = exchanged(table_NV[here], ranks, group)
-        rows_TKCV = rows_UV[place].view(TOKENS, SLOTS, CORES, -1)
-        return torch.einsum("tkc,tkcv->tcv", scores_TKC, rows_TKCV)
-
-    assert counted(lookup) == formula(rows_at_home(shape, ranks, WIRE, distinct_rows=distinct_rows))
-
-
-@pytest.mark.parametrize("group", [8, 64], indirect=True)
-def test_deduplication_sends_what_is_distinct(group):
-    """256 rows for 1024 slots: a quarter of the bytes."""
-    ranks = group.size()
-    shape = shape_for(ranks)
-    rows_TK = even_rows_of(shape, ranks, 256)
-    table_NV = torch.rand(shape.table_rows // ranks, shape.value_dim, dtype=DTYPE, requires_grad=True)
-
-    def lookup():
-        distinct_U, place = rows_TK.flatten().unique(return_inverse=True)
-        here = exchanged(distinct_U.int(), ranks, group) % len(table_NV)
-        return exchanged(table_NV[here], ranks, group)[place].view(TOKENS, SLOTS, -1).sum(1)
-
-    found = counted(lookup)
-    assert found == formula(rows_at_home(shape, ranks, WIRE, distinct_rows=256))
-    every = formula(rows_at_home(shape, ranks, WIRE))
-    assert [4 * phase["all_to_all"] for phase in found] == [phase["all_to_all"] for phase in every]
-
-
-def test_rows_pooled_at_the_owner(group):
-    """All ranks' indices and scores are gathered; each pools its rows for all tokens, and the sums are scattered."""
-    ranks = group.size()
-    shape = shape_for(ranks, value_dim=8)
-    rows_TK, scores_TKC = even_rows_of(shape, ranks, 1024), scores_of()
-    table_NV = torch.rand(shape.table_rows // ranks, shape.value_dim, dtype=DTYPE, requires_grad=True)
-
-    def lookup():
-        pooled = pooled_for_all(table_NV, *gathered(rows_TK, scores_TKC, group))
-        return collectives.reduce_scatter_tensor_autograd(pooled, "sum", 0, group)
-
-    assert counted(lookup) == formula(rows_at_owner(shape, ranks, WIRE))
-
-
-def test_columns(group):
-    """All ranks' indices and scores are gathered; each sends the columns that it pooled to whose tokens they are."""
-    ranks = group.size()
-    shape = shape_for(ranks)
-    rows_TK, scores_TKC = even_rows_of(shape, ranks, 1024), scores_of()
-    table_NV = torch.rand(shape.table_rows, shape.value_dim // ranks, dtype=DTYPE, requires_grad=True)
-
-    def lookup():
-        return exchanged(pooled_for_all(table_NV, *gathered(rows_TK, scores_TKC, group)), ranks, group)
-
-    assert counted(lookup) == formula(columns(shape, ranks, WIRE))
-
-
-def gathered(rows_TK, scores_TKC, group):
-    """Rows and scores of the tokens of all ranks."""
-    rows = torch.ops._c10d_functional.wait_tensor(collectives.all_gather_tensor(rows_TK.int(), 0, group))
-    return rows.long(), collectives.all_gather_tensor_autograd(scores_TKC, 0, group)
-
-
-def pooled_for_all(table_NV, rows, scores):
-    """Rows pooled for every token, as many blocks as there are with the same in each."""
-    pooled = torch.nn.functional.embedding_bag(
-        rows % len(table_NV), table_NV, per_sample_weights=scores[..., 0].contiguous(), mode="sum"
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_rows_pooled_at_home(mesh, asked, deduplicate):
+    found = counted(MEMORY, mesh, placement="rows", deduplicate=deduplicate, **BF16)
+    shape = shape_of(MEMORY)
+    if deduplicate:
+        assert asked.distinct_rows < shape.reads
+    else:
+        assert asked.distinct_rows == shape.reads
+    volume = rows_at_home(
+        shape,
+        mesh.size(),
+        Wire(),
+        distinct_rows=asked.distinct_rows if deduplicate else None,
+        asked=asked.elsewhere,
+        answered=asked.answered,
     )
-    return pooled.unsqueeze(1).expand(-1, BLOCKS, -1).contiguous()
+    assert found == formula(volume)
 
 
-def test_replicas(group):
+@pytest.mark.parametrize("config", [MEMORY, PKM], ids=["ultramem", "pkm"])
+def test_columns(mesh, asked, config):
+    if config.value_dim % mesh.size():
+        config = replace(config, value_dim=mesh.size(), hidden_size=mesh.size())
+    assert counted(config, mesh, placement="columns", **BF16) == formula(columns(shape_of(config), mesh.size(), Wire()))
+
+
+def test_rows_pooled_at_the_owner(mesh, asked):
+    found = counted(NARROW, mesh, placement="rows", pool="owner", **BF16)
+    assert found == formula(rows_at_owner(shape_of(NARROW), mesh.size(), Wire()))
+
+
+@pytest.mark.parametrize("mesh", [8, 64], indirect=True)
+def test_float32_tables_travel_in_float32(mesh, asked):
+    """Where no other type is asked for."""
+    assert counted(NARROW, mesh, placement="rows", pool="owner") == formula(
+        rows_at_owner(shape_of(NARROW), mesh.size(), FULL)
+    )
+    config = replace(MEMORY, value_dim=64)
+    assert counted(config, mesh, placement="columns") == formula(columns(shape_of(config), mesh.size(), FULL))
+
+
+@pytest.mark.parametrize("mesh", [8, 64], indirect=True)
+def test_many_rows_have_wide_numbers(mesh, asked, monkeypatch):
+    """As if 4096 rows, and 16384 virtual ones, were too many for 4 bytes."""
+    monkeypatch.setattr(sharded_table, "_INT32_ROWS", 4095)
+    wide = Wire(index_bytes=8)
+    config = replace(MEMORY, value_dim=64)
+    assert counted(config, mesh, placement="columns", **BF16) == formula(columns(shape_of(config), mesh.size(), wide))
+    found = counted(config, mesh, placement="rows", **BF16)
+    volume = rows_at_home(
+        shape_of(config), mesh.size(), wide,
+        distinct_rows=asked.distinct_rows, asked=asked.elsewhere, answered=asked.answered,
+    )  # fmt: skip
+    assert found == formula(volume)
+
+
+@pytest.mark.parametrize("mesh", [8, 64], indirect=True)
+def test_experts(mesh, asked):
+    """Input rows of experts travel by themselves, or their products do."""
+    ranks, shape = mesh.size(), shape_of(EXPERTS)
+    assert counted(EXPERTS, mesh, placement="columns") == formula(columns(shape, ranks, FULL))
+    found = counted(EXPERTS, mesh, placement="rows")
+    volume = rows_at_home(
+        shape, ranks, FULL, distinct_rows=asked.distinct_rows, asked=asked.elsewhere, answered=asked.answered
+    )
+    assert found == formula(volume)
+
+
+def test_replicas(mesh):
     """The gradient of a table, dense, and of touched rows."""
-    ranks = group.size()
-    shape = shape_for(ranks, value_dim=4)
-    gradient_NV = torch.ones(shape.table_rows, 4, dtype=DTYPE)
+    ranks = mesh.size()
+    shape = replace(shape_of(NARROW), table_rows=4096, value_dim=4)
+    gradient_NV = torch.ones(shape.table_rows, 4, dtype=torch.bfloat16)
     with CountBytes() as count:
         dist.all_reduce(gradient_NV)
-        assert count.by_kind() == formula(replicate(shape, ranks, WIRE))[1]
+        assert count.by_kind() == formula(replicate(shape, ranks, Wire()))[1]
         count.take()
         dist.all_gather_into_tensor(torch.empty(ranks * 32, dtype=torch.int32), torch.ones(32, dtype=torch.int32))
-        dist.all_gather_into_tensor(torch.empty(ranks * 32, 4, dtype=DTYPE), gradient_NV[:32])
-    assert count.by_kind() == formula(replicate(shape, ranks, WIRE, distinct_rows=32))[1]
+        dist.all_gather_into_tensor(torch.empty(ranks * 32, 4, dtype=torch.bfloat16), gradient_NV[:32])
+    assert count.by_kind() == formula(replicate(shape, ranks, Wire(), distinct_rows=32))[1]
