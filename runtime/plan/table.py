@@ -18,17 +18,21 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     tables = num_tables(plan.config)
     console.print(
         f"[bold]{plan.name}[/bold] on {options.ranks} x {plan.device.label}, {options.ranks_per_node} to a node: "
-        f"{tables} {'tables' if tables > 1 else 'table'} of {memory.table_rows:,} rows of {memory.value_dim}, "
+        f"{tables} {'tables' if tables > 1 else 'table'} of {memory.table_rows:,} rows of {memory.value_dim},\n"
         f"{options.tokens_per_rank:,} tokens a rank, {options.dtype}, {options.table_optimizer} on "
-        f"{options.table_dtype} tables"
+        f"{options.table_dtype} tables",
+        highlight=False,
     )
     console.print(placement_table(plan))
-    if plan.chosen.volume.collectives:
-        console.print(collective_table(plan))
-    console.print(memory_table(plan))
-    console.print(time_table(plan))
     for sentence in (*plan.choice.reasons, *plan.advice):
         console.print(sentence, highlight=False, soft_wrap=True)
+    if plan.chosen.volume.collectives:
+        console.print(f"\nWhat a rank sends in a lookup: {plan.chosen.volume.label}", highlight=False)
+        console.print(collective_table(plan))
+    console.print("\nMemory of a rank")
+    console.print(memory_table(plan))
+    console.print("\nA step")
+    console.print(time_table(plan))
     console.print(
         f"Times are floors: {plan.device.source}; {plan.device.links.source}.",
         style="dim",
@@ -40,7 +44,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 def placement_table(plan: Plan) -> Table:
     """What every placement would be; the chosen one is marked."""
     headings = ("sent a step", "in a forward", "in a backward", "memory of a rank", "step", "of it exchange")
-    table = _table("Placements", ("", "placement"), headings)
+    table = _table(("", "placement"), headings)
     for each in plan.placements:
         fits = each.memory_bytes <= plan.device.memory_bytes
         table.add_row(
@@ -58,9 +62,7 @@ def placement_table(plan: Plan) -> Table:
 
 def collective_table(plan: Plan) -> Table:
     """What the chosen placement sends in one lookup."""
-    table = _table(
-        f"What a rank sends in a lookup: {plan.chosen.volume.label}", ("pass", "collective", "payload"), ("bytes",)
-    )
+    table = _table(("pass", "collective", "payload"), ("bytes",))
     for each in plan.chosen.volume.collectives:
         table.add_row(each.phase, each.kind.replace("_", "-"), each.payload, f"{each.sent_bytes:,}")
     return table
@@ -68,7 +70,7 @@ def collective_table(plan: Plan) -> Table:
 
 def memory_table(plan: Plan) -> Table:
     """The parts of a rank's memory."""
-    table = _table("Memory of a rank", ("part",), ("bytes", "share"))
+    table = _table(("part",), ("bytes", "share"))
     for part in plan.chosen.memory:
         table.add_row(part.name, bytes_text(part.bytes), share_text(part.bytes / plan.device.memory_bytes))
     total = plan.chosen.memory_bytes
@@ -79,7 +81,7 @@ def memory_table(plan: Plan) -> Table:
 def time_table(plan: Plan) -> Table:
     """Where the step's time goes."""
     time = plan.chosen.time
-    table = _table("A step", ("part",), ("time", "nothing hides"))
+    table = _table(("part",), ("time", "nothing hides"))
     table.add_row("attention, MLP, head", time_text(time.dense_us), time_text(time.dense_us))
     table.add_row("memory layers", time_text(time.memory_us), time_text(time.memory_us))
     table.add_row("optimiser", time_text(time.optimizer_us), time_text(time.optimizer_us))
@@ -89,8 +91,8 @@ def time_table(plan: Plan) -> Table:
     return table
 
 
-def _table(title: str, names: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(names: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
+    table = Table()
     for heading in names:
         table.add_column(heading)
     for heading in numbers:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import shlex
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +21,7 @@ from ultramem.runtime.plan.plan import make_plan
 from ultramem.runtime.plan.plan_devices import PLAN_DEVICES, plan_device
 from ultramem.runtime.plan.volumes import columns, rows_at_home
 
+ROOT = Path(__file__).parents[2]
 LARGE = ["plan", "--preset", "ultramem-1.6b-x12"]
 
 
@@ -154,6 +158,22 @@ def test_the_figure_shows_where_volumes_cross(capsys, tmp_path):
 def test_no_figure_of_what_has_no_columns():
     with pytest.raises(ValueError, match=r"plot must be of a model without experts as slots, got peer-tiny"):
         figure_9(planned("peer-tiny", ranks=8))
+
+
+def test_the_page_on_scaling_is_what_the_plans_say():
+    make = runpy.run_path(str(ROOT / "docs/make_scaling.py"))
+    assert (ROOT / "docs/scaling.md").read_text() == make["page"]()
+    assert (ROOT / "docs/scaling.svg").read_text() == make["picture"]()
+
+
+def test_the_readme_shows_what_the_command_prints(capsys):
+    """The table of its section on planning, line by line."""
+    readme = (ROOT / "README.md").read_text()
+    (command, shown) = re.search(r"## Planning\n.*?```bash\n(.*?)\n```.*?```text\n(.*?)```", readme, re.DOTALL).groups()
+    words = shlex.split(command.splitlines()[0], comments=True)
+    assert main(words[1:]) == 0
+    printed = capsys.readouterr().out
+    assert shown in printed
 
 
 def test_rows_are_rounded_up_to_a_square():
