@@ -1,7 +1,7 @@
 """Memory of one rank in training, by arithmetic.
 
 Symbols: P ranks, D dense parameters (embedding and head among them), B those of a block, N rows of w columns (input rows
-of experts among them) in each table, b bytes of a table's number, e of an activation, U distinct rows of a lookup.
+of experts among them) in each table, b bytes of a table's number, e of an activation.
 
 | part | bytes |
 | --- | --- |
@@ -11,16 +11,11 @@ of experts among them) in each table, b bytes of a table's number, e of an activ
 | table gradients | as the weights with AdamW; else `b w + 8` a row that the step touched, of a rank's share |
 | table optimiser | AdamW: 2 b a number; LazyAdamW: 8 a number and 4 a row; RowAdagrad: 8 a row |
 | activations | `activations.py` |
-| exchange | below, kept until the backward by every memory layer, and once what only lasts for the exchange |
+| exchange | `exchange_memory.py` |
 
-| exchange | kept | for a while |
-| --- | --- | --- |
-| rows at home | U w e rows | as many to answer others |
-| rows at the owner | P T K slots: 8 + e C each | P T E Dv e pooled rows, and T E Dv e received |
-| columns | P T K slots: 8 + e C each | T E Dv e pooled columns, sent and received |
-| replicate | nothing | nothing |
-
-A rank's share of N rows is ceil(N / P); input rows of experts have numbers and states of their own. Columns have all N rows, so they keep N numbers where an optimiser has one a row.
+A rank's share of N rows is ceil(N / P); input rows of experts have numbers and states of their own. Columns have all N
+rows, so they keep N numbers where an optimiser has one a row. Under checkpointing one memory layer at a time keeps what
+its exchange brought, as it is run again.
 """  # noqa: E501  # a table row is one line
 
 from __future__ import annotations
@@ -32,6 +27,7 @@ from ultramem.counts import count
 from ultramem.runtime.figures.expected import expected_distinct
 from ultramem.runtime.plan.activations import activation_bytes
 from ultramem.runtime.plan.exchange import Placement, Pooling
+from ultramem.runtime.plan.exchange_memory import kept_bytes, passing_bytes
 from ultramem.runtime.plan.options import TABLE_BYTES, PlanOptions
 
 
@@ -51,6 +47,8 @@ def rank_memory(
         ValueError: the model has no memory layers, or mixtures of experts.
     """
     memory = require_memory(config)
+    layers = 1 if options.activation_checkpointing else len(config.parsed_insertions)
+    exchange = layers * kept_bytes(memory, options, placement, pooling)
     parts = [
         *_dense_parts(config, options),
         *table_parts(config, options, placement),
@@ -64,7 +62,7 @@ def rank_memory(
                 checkpointing=options.activation_checkpointing,
             ),
         ),
-        MemoryPart("exchange", _exchange_bytes(memory, len(config.parsed_insertions), options, placement, pooling)),
+        MemoryPart("exchange", exchange + passing_bytes(memory, options, placement, pooling)),
     ]
     return tuple(parts)
 
@@ -128,21 +126,6 @@ def num_tables(config: ModelConfig) -> int:
     return len(config.parsed_insertions) if require_memory(config).table == "own" else 1
 
 
-def distinct_rows(memory: MemoryConfig, options: PlanOptions) -> int | None:
-    """Rows that a rank's lookup asks for if each is asked for once; None if repeated ones are asked for again.
-
-    Raises:
-        ValueError: there are more than are read, or than there are.
-    """
-    reads = options.tokens_per_rank * memory.num_slots
-    most = min(reads, memory.table_rows)
-    if options.distinct_rows is None:
-        return round(expected_distinct(reads, memory.num_values)) if options.deduplicate else None
-    if options.distinct_rows > most:
-        raise ValueError(f"distinct_rows must be in 1..{most} (rows read, rows there are), got {options.distinct_rows}")
-    return options.distinct_rows if options.deduplicate else None
-
-
 def dense_parameters(config: ModelConfig) -> int:
     """All that is no table."""
     memory = require_memory(config)
@@ -178,23 +161,3 @@ def _dense_parts(config: ModelConfig, options: PlanOptions) -> list[MemoryPart]:
         MemoryPart("dense optimiser", 8 * shard),
         MemoryPart("dense copies", copies),
     ]
-
-
-def _exchange_bytes(
-    memory: MemoryConfig, layers: int, options: PlanOptions, placement: Placement, pooling: Pooling | None
-) -> int:
-    if placement == "replicate" or options.ranks == 1:
-        return 0
-    size, tokens = options.element_bytes, options.tokens_per_rank
-    reads, pooled = tokens * memory.num_slots, tokens * memory.expansion * memory.value_dim * size
-    slot = 8 + size * memory.num_cores
-    if placement == "columns":
-        kept, passing = options.ranks * reads * slot, 2 * pooled
-    elif pooling == "owner":
-        kept, passing = options.ranks * reads * slot, (options.ranks + 1) * pooled
-    else:
-        rows = distinct_rows(memory, options) or reads
-        kept = rows * (memory.value_dim + memory.expert_dim) * size
-        passing = kept
-    held = 1 if options.activation_checkpointing else layers
-    return held * kept + passing

@@ -9,9 +9,9 @@ from typing import Any
 from ultramem.config import ModelConfig
 from ultramem.runtime.figures.expected import expected_distinct
 from ultramem.runtime.plan.exchange import Volume, lookup_shape
+from ultramem.runtime.plan.exchange_memory import distinct_rows
 from ultramem.runtime.plan.memory import (
     MemoryPart,
-    distinct_rows,
     num_tables,
     rank_memory,
     require_memory,

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from kept import kept_for_backward
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -22,6 +23,8 @@ from ultramem.graph.table_shard import TableShard
 from ultramem.ops.exchange import ALL_TO_ALL
 from ultramem.runtime.plan import Wire, columns, lookup_shape, replicate, rows_at_home, rows_at_owner
 from ultramem.runtime.plan.count_bytes import CountBytes
+from ultramem.runtime.plan.exchange_memory import kept_bytes
+from ultramem.runtime.plan.options import PlanOptions
 
 # torch 2.13 has a new name for what 2.11 calls all_gather_into_tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
@@ -163,6 +166,29 @@ def test_experts(mesh, asked):
         shape, ranks, FULL, distinct_rows=asked.distinct_rows, asked=asked.elsewhere, answered=asked.answered
     )
     assert found == formula(volume)
+
+
+@pytest.mark.parametrize("mesh", [8, 64], indirect=True)
+@pytest.mark.parametrize("placement", ["rows", "columns"])
+def test_memory_that_an_exchange_keeps(mesh, asked, placement):
+    """What autograd keeps of a sharded layer, more than of one with its whole table; some tensors are of few bytes."""
+    config = replace(MEMORY, value_dim=64, permutation="none")
+    hidden_BSD = torch.randn(*TOKENS, config.hidden_size, requires_grad=True)
+
+    def kept(shard):
+        torch.manual_seed(0)
+        layer = UltraMemLayer(config, shard=shard)
+        return kept_for_backward(layer, lambda: layer(hidden_BSD))
+
+    whole, part = kept(None), kept(TableShard(mesh=mesh, placement=placement, **BF16))
+    tokens = TOKENS[0] * TOKENS[1]
+    options = PlanOptions(ranks=mesh.size(), tokens_per_rank=tokens, sequence_length=tokens)
+    if placement == "rows":  # the layer chose its own rows, and others ask this rank for others
+        options = replace(options, distinct_rows=asked.distinct_rows)
+        requests = asked.answered + asked.distinct_rows - asked.elsewhere
+        whole += (requests - asked.distinct_rows) * 12
+    counted = kept_bytes(config, options, placement, "home" if placement == "rows" else None)
+    assert part - whole == pytest.approx(counted, abs=64)
 
 
 def test_replicas(mesh):

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # the name that everybody uses
+from kept import kept_for_backward
 
 from ultramem import build_model, preset
 from ultramem.counts import count
@@ -14,6 +15,7 @@ from ultramem.graph.value_table import ValueTable
 from ultramem.optim import build_optimizers
 from ultramem.runtime.figures.expected import expected_distinct
 from ultramem.runtime.plan.activations import activation_bytes
+from ultramem.runtime.plan.exchange_memory import cores_of_columns, most_own_slots
 from ultramem.runtime.plan.memory import rank_memory
 from ultramem.runtime.plan.options import PlanOptions
 
@@ -21,24 +23,17 @@ BATCH, LENGTH = 2, 64
 FAMILIES = ["ultramem-tiny", "pkm-tiny", "memory-plus-tiny", "peer-tiny", "ultramem-v2-tiny", "dense-tiny"]
 
 
-def kept_for_backward(config):
-    """Bytes of all storages that autograd keeps for the backward of a step's loss, weights apart."""
+def kept_in_a_step(config):
+    """Bytes that autograd keeps for the backward of a step's loss."""
     torch.manual_seed(0)
     model = build_model(config).train()
-    weights = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so that no address is used twice
-        return tensor
-
     ids = torch.randint(0, config.vocab_size, (BATCH, LENGTH))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+
+    def loss():
         output = model(ids)
-        F.cross_entropy(output.logits.flatten(0, 1), ids.flatten()) + output.aux_loss
-    return sum(size for size, _ in kept.values())
+        return F.cross_entropy(output.logits.flatten(0, 1), ids.flatten()) + output.aux_loss
+
+    return kept_for_backward(model, loss)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -47,7 +42,7 @@ def test_activations_are_what_autograd_keeps(name):
     config = preset(name)
     tokens = BATCH * LENGTH
     counted = activation_bytes(config, tokens=tokens, sequence_length=LENGTH, element_bytes=4)
-    assert counted - 4 * tokens * config.vocab_size == pytest.approx(kept_for_backward(config), rel=0.002)
+    assert counted - 4 * tokens * config.vocab_size == pytest.approx(kept_in_a_step(config), rel=0.002)
 
 
 def test_dropout_keeps_its_masks():
@@ -56,7 +51,7 @@ def test_dropout_keeps_its_masks():
     dropping = dataclasses.replace(plain, dropout=0.1)
     sizes = {"tokens": BATCH * LENGTH, "sequence_length": LENGTH, "element_bytes": 4}
     counted = activation_bytes(dropping, **sizes) - activation_bytes(plain, **sizes)
-    assert 4 * counted == kept_for_backward(dropping) - kept_for_backward(plain)
+    assert 4 * counted == kept_in_a_step(dropping) - kept_in_a_step(plain)
 
 
 def test_checkpointing_keeps_less_and_longer_text_more():
@@ -139,6 +134,24 @@ def test_what_grows_and_what_shrinks_with_the_ranks():
     assert columns == sorted(columns)  # every rank holds the slots of all
     home = [plan["exchange"] for plan in plans]
     assert len(set(home)) == 1
+
+
+def test_a_ranks_columns_are_cut_where_cores_end():
+    """16 columns of 2 cores: a rank of two has one core's, one of one both; 12 of 2 cores in three are cut by two."""
+    memory = preset("ultramem-tiny").memory
+    wide = dataclasses.replace(memory, value_dim=16)
+    assert [cores_of_columns(wide, ranks) for ranks in (1, 2, 4, 16)] == [2, 1, 1, 1]
+    assert cores_of_columns(dataclasses.replace(memory, value_dim=12), 3) == 2
+
+
+def test_most_own_slots_are_rarely_exceeded():
+    """84 slots over 8 ranks, drawn 20000 times: a few tokens at most have more, and some nearly as many."""
+    generator = torch.Generator().manual_seed(0)
+    own = (torch.randint(0, 8, (20000, 84), generator=generator) == 0).sum(1)
+    most = most_own_slots(84, 8, 20000)
+    assert (own > most).sum() <= 4
+    assert own.max() >= most - 2
+    assert most_own_slots(84, 1, 100) == 84
 
 
 def test_touched_rows_are_what_a_lazy_gradient_costs():
