@@ -87,10 +87,10 @@ owner. Deduplication is counted for rows chosen by chance, which hardly repeat a
 {_time_table(plans)}
 
 These are floors: products and memory at the rates that an H100 was measured to reach, links at their line rate,
-nobody waiting for anybody ({LINK_SOURCE}). An exchange hides behind the {_skips(plans[64])} layers that its memory
-layer skips, what FSDP gathers behind the block before. Bytes are not all that counts: in an all-to-all between nodes
-each rank has its own network link, while in a ring the ranks of a node share theirs. Where that turns the order of two
-placements, `ultramem plan` says so.
+nobody waiting for anybody ({LINK_SOURCE}). Rows, or what was pooled of them, travel beside the
+{_skips(plans[64])} layers that their memory layer skips, what FSDP gathers beside the block before; for numbers and
+scores a lookup waits. Bytes are not all that counts: in an all-to-all between nodes each rank has its own network link,
+while in a ring the ranks of a node share theirs. Where that turns the order of two placements, `ultramem plan` says so.
 
 ## How it is checked
 

@@ -90,11 +90,12 @@ def _exposed(plan: Plan) -> str | None:
     share = time.exposed_exchange_us / time.total_us
     if share < EXPOSED_SHARE:
         return None
-    skips = [each.target - each.source for each in plan.config.parsed_insertions]
+    waited = sum(each.sent_bytes for each in plan.chosen.volume.collectives if not each.travels)
+    skips = sorted({each.target - each.source for each in plan.config.parsed_insertions})
     return (
         f"The exchange is in the open for {time_text(time.exposed_exchange_us)} a step, {share_text(share)} of it: "
-        f"what {min(skips)} to {max(skips)} skipped layers compute, beside their own collectives, is too short to hide "
-        f"it. Narrower rows, a smaller top-m and memory layers that skip more make it shorter or hide it."
+        f"{bytes_text(waited)} of a lookup are waited for at once, and the rest has {' or '.join(map(str, skips))} "
+        f"skipped layers, less what their own collectives take of the links."
     )
 
 

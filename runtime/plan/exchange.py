@@ -92,6 +92,12 @@ class Collective(NamedTuple):
     sent_bytes: int
     """That this rank sends to others; its share to itself is not counted."""
 
+    @property
+    def travels(self) -> bool:
+        """Whether it is started before the layers that a memory layer skips and awaited after them (in the backward,
+        the other way); else the lookup waits for it at once."""
+        return self.payload.removeprefix("gradients of ") in ("rows", "pooled rows", "pooled columns")
+
 
 class Volume(NamedTuple):
     """What one lookup sends, forward and backward."""

@@ -39,7 +39,7 @@ class PlanOptions:
     activation_checkpointing: bool = False
     """Blocks and memory layers keep their inputs alone and are run again in the backward."""
     overlap: bool = True
-    """Exchanges run beside the layers that their memory layer skips, and FSDP's collectives beside the block before."""
+    """Rows travel beside the layers that their memory layer skips, and FSDP's collectives beside the block before."""
     deduplicate: bool = True
     """Rows that a rank reads more than once travel once."""
     distinct_rows: int | None = None

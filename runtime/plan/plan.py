@@ -126,7 +126,7 @@ def _to_json(placement: PlacementPlan, device: PlanDevice) -> dict[str, Any]:
         "placement": placement.volume.placement,
         "pooling": placement.volume.pooling,
         "refused": placement.refused,
-        "collectives": [each._asdict() for each in placement.volume.collectives],
+        "collectives": [each._asdict() | {"travels": each.travels} for each in placement.volume.collectives],
         "lookup_forward_bytes": placement.volume.forward_bytes,
         "lookup_backward_bytes": placement.volume.backward_bytes,
         "step_bytes": placement.step_bytes,

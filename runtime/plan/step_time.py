@@ -6,9 +6,10 @@ is run once more. The optimiser moves its numbers through memory: weights read a
 state there is read and written. A collective takes its latency and its bytes at the links' line rate
 (`plan_devices.collective_us`).
 
-What is hidden: the exchange of a memory layer "3:5" runs beside the MLP of layer 3 and all of layers 4 and 5 in the
-forward, and beside their backwards in the backward, less what FSDP's collectives of these layers take of the links; one
-that skips nothing hides behind the MLP of its own layer. FSDP gathers a block (and scatters its gradients in float32)
+What is hidden: rows, or what was pooled of them, travel beside the layers that their memory layer skips: for "3:5" the
+MLP of layer 3 and all of layers 4 and 5, and in the backward their backwards; less what FSDP's collectives of these
+layers take of the links. Where nothing is skipped that is the MLP of the layer itself. All else that a lookup sends
+(numbers, scores, the gradients of scores) is waited for. FSDP gathers a block (and scatters its gradients in float32)
 beside the compute of a neighbour; each forward and backward of a step does so. Gradients of replicas are reduced once a
 step, beside the last backward. Without `overlap` nothing is hidden.
 
@@ -113,17 +114,18 @@ def _exchange(
 ) -> _Collectives:
     """Of all tables."""
 
-    def time_us(phase: Phase) -> float:
+    def time_us(phase: Phase, *, travels: bool) -> float:
         return sum(
             collective_us(each.kind, each.sent_bytes, options, device.links)
             for each in volume.collectives
-            if each.phase == phase
+            if (each.phase, each.travels) == (phase, travels)
         )
 
     again = 1 + options.activation_checkpointing
-    forward_us, backward_us = again * time_us("forward"), time_us("backward")
+    forward_us, backward_us = again * time_us("forward", travels=True), time_us("backward", travels=True)
+    waited_us = again * time_us("forward", travels=False) + time_us("backward", travels=False)
     if volume.placement == "replicate":  # once a step, beside the last backward
-        all_us = num_tables(config) * backward_us
+        all_us = num_tables(config) * waited_us
         hidden_us = BACKWARD * sum(costs.values()) if options.overlap else 0.0
         return _Collectives(all_us, max(0.0, all_us - hidden_us))
     unit = _dense_unit(config, options, device)
@@ -133,9 +135,9 @@ def _exchange(
         window_us = _window_us(config, insertion, costs) if options.overlap else 0.0
         forward_room = again * max(0.0, window_us - skipped * unit.gather_us)
         backward_room = max(0.0, BACKWARD * window_us - skipped * (unit.gather_us + unit.scatter_us))
-        exposed_us += max(0.0, forward_us - forward_room) + max(0.0, backward_us - backward_room)
-    layers = len(config.parsed_insertions)
-    return _Collectives(options.accumulate * layers * (forward_us + backward_us), options.accumulate * exposed_us)
+        exposed_us += waited_us + max(0.0, forward_us - forward_room) + max(0.0, backward_us - backward_room)
+    lookups = options.accumulate * len(config.parsed_insertions)
+    return _Collectives(lookups * (waited_us + forward_us + backward_us), options.accumulate * exposed_us)
 
 
 def _window_us(config: ModelConfig, insertion: Insertion, costs: dict[str, float]) -> float:

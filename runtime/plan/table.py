@@ -62,9 +62,15 @@ def placement_table(plan: Plan) -> Table:
 
 def collective_table(plan: Plan) -> Table:
     """What the chosen placement sends in one lookup."""
-    table = _table(("pass", "collective", "payload"), ("bytes",))
+    table = _table(("pass", "collective", "payload", "beside skipped layers"), ("bytes",))
     for each in plan.chosen.volume.collectives:
-        table.add_row(each.phase, each.kind.replace("_", "-"), each.payload, f"{each.sent_bytes:,}")
+        table.add_row(
+            each.phase,
+            each.kind.replace("_", "-"),
+            each.payload,
+            "yes" if each.travels else "no",
+            f"{each.sent_bytes:,}",
+        )
     return table
 
 

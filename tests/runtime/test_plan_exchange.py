@@ -168,6 +168,31 @@ def test_experts(mesh, asked):
     assert found == formula(volume)
 
 
+@pytest.mark.parametrize("mesh", [8], indirect=True)
+@pytest.mark.parametrize("way", ["home", "owner", "columns"])
+def test_what_travels_is_what_a_layer_does_not_wait_for(mesh, asked, monkeypatch, way):
+    """Started in the first half of a lookup and awaited in the second, where the model has other layers between."""
+    config = replace(MEMORY, value_dim=64)
+    shard = {"placement": "columns"} if way == "columns" else {"placement": "rows", "pool": way}
+    real, flights = sharded_table.start, []
+
+    def start(tensor, way):
+        with CountBytes() as count:
+            flight = real(tensor, way)
+        flights.append(count.total_bytes)
+        return flight
+
+    monkeypatch.setattr(sharded_table, "start", start)
+    counted(config, mesh, **shard, **BF16)
+    shape = shape_of(config)
+    if way == "home":
+        rows = {"distinct_rows": asked.distinct_rows, "asked": asked.elsewhere, "answered": asked.answered}
+        volume = rows_at_home(shape, 8, Wire(), **rows)
+    else:
+        volume = (columns if way == "columns" else rows_at_owner)(shape, 8, Wire())
+    assert flights == [each.sent_bytes for each in volume.collectives if each.travels and each.phase == "forward"]
+
+
 @pytest.mark.parametrize("mesh", [8, 64], indirect=True)
 @pytest.mark.parametrize("placement", ["rows", "columns"])
 def test_memory_that_an_exchange_keeps(mesh, asked, placement):
