@@ -8,8 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
-from ultramem.graph.weights import CONFIG_FILE, WEIGHTS_FILE, save_weights, write_atomically
+from ultramem.graph.weights import CONFIG_FILE, WEIGHTS_FILE, write_atomically
+from ultramem.runtime.distributed import Ranks
 from ultramem.runtime.tokenizer import TOKENIZER_FILE
+from ultramem.runtime.weights import load_weights, save_weights
 
 RECORD_FILE = "best.json"
 
@@ -29,20 +31,22 @@ def read_best(folder: Path) -> Best | None:
     return Best(**json.loads(path.read_text())) if path.is_file() else None
 
 
-def save_best(folder: Path, best: Best, model: nn.Module, run: Path) -> None:
+def save_best(folder: Path, best: Best, model: nn.Module, run: Path, ranks: Ranks) -> None:
     """Write the weights of `model`, what `run` holds to read them with, and then the record.
 
     A run killed before the record comes back to this step, and writes all again.
     """
-    folder.mkdir(exist_ok=True)
-    for name in (CONFIG_FILE, TOKENIZER_FILE):
-        write_atomically(folder / name, (run / name).read_bytes())
-    save_weights(model, folder)
-    write_atomically(folder / RECORD_FILE, json.dumps(asdict(best)).encode() + b"\n")
+
+    def prepare() -> None:
+        folder.mkdir(exist_ok=True)
+        for name in (CONFIG_FILE, TOKENIZER_FILE):
+            write_atomically(folder / name, (run / name).read_bytes())
+
+    ranks.on_main(prepare)
+    save_weights(model, folder, ranks)
+    ranks.on_main(lambda: write_atomically(folder / RECORD_FILE, json.dumps(asdict(best)).encode() + b"\n"))
 
 
 def load_best(folder: Path, model: nn.Module) -> None:
     """Put the weights back into `model`."""
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    load_weights(model, folder / WEIGHTS_FILE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +19,18 @@ from torch import Tensor, nn
 
 from ultramem.graph.weights import write_atomically
 
-FORMAT_VERSION = 1
+ONE_FILE, PARTS = 1, 2
+"""Format versions: a file, of one process; a folder of parts, of several ranks (`ultramem.runtime.distributed`)."""
 
 
-class Checkpoint(NamedTuple):
+class Record(NamedTuple):
+    """A checkpoint that exists."""
+
+    path: Path
+    """The file, or the folder of parts."""
     step: int
     """Steps that are done."""
-    tensors: dict[str, Tensor]
+    format_version: int
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerprint: str, *, keep: int) -> None:
@@ -35,7 +41,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerp
     data = save(tensors)
     path = folder / f"step-{step:08d}.safetensors"
     record = {
-        "format_version": FORMAT_VERSION,
+        "format_version": ONE_FILE,
         "step": step,
         "fingerprint": fingerprint,
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -43,41 +49,53 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerp
     write_atomically(path, data)
     write_atomically(path.with_suffix(".json"), json.dumps(record, indent=2).encode() + b"\n")
     _sync_folder(folder)
-    for old in _records(folder)[:-keep]:
-        old.unlink()  # the record first: a file of tensors without one is no checkpoint
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
-    whole = {record.stem for record in _records(folder)}
-    for leftover in folder.iterdir():  # what a killed process left behind
-        if leftover.suffix == ".tmp" or leftover.stem not in whole:
+    keep_newest(folder, keep)
+
+
+def keep_newest(folder: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep`, and what a killed process left behind."""
+    records = sorted(folder.glob("step-*.json"))
+    for old in records[:-keep]:
+        old.unlink()  # the record first: tensors without one are no checkpoint
+    whole = {record.stem for record in records[-keep:]}
+    for leftover in folder.iterdir():
+        if leftover.is_dir():
+            if leftover.name not in whole:
+                shutil.rmtree(leftover)
+        elif leftover.suffix == ".tmp" or leftover.stem not in whole:
             leftover.unlink()
 
 
-def load_latest_checkpoint(folder: Path, fingerprint: str) -> Checkpoint | None:
+def newest_record(folder: Path, fingerprint: str) -> Record | None:
     """The newest checkpoint, or None if there is none.
 
     Raises:
         ValueError: it is damaged, or was made under another configuration.
     """
-    from safetensors.torch import load
-
-    records = _records(folder)
+    records = sorted(folder.glob("step-*.json"))
     if not records:
         return None
     path = records[-1]
-    tensors_path = path.with_suffix(".safetensors")
     try:
         record = json.loads(path.read_text())
-        step, digest, version = int(record["step"]), record["sha256"], record["format_version"]
-        data = tensors_path.read_bytes()
+        step, version = int(record["step"]), record["format_version"]
+        if version == ONE_FILE:
+            digest, tensors = record["sha256"], path.with_suffix(".safetensors")
+            with tensors.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        elif version == PARTS:
+            tensors = path.with_suffix("")
+            if not (tensors / ".metadata").is_file():
+                raise FileNotFoundError(f"{tensors} has no .metadata")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"checkpoint {path} is damaged ({type(error).__name__}: {error})") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"checkpoint {path} must have format_version {FORMAT_VERSION}, got {version!r}")
+    if version not in (ONE_FILE, PARTS):
+        raise ValueError(f"checkpoint {path} must have format_version {ONE_FILE} or {PARTS}, got {version!r}")
     if record.get("fingerprint") != fingerprint:
         raise ValueError(f"checkpoint {path} was made under another configuration or text than this run's")
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise ValueError(f"checkpoint {tensors_path} is damaged: its sha256 is not the one in {path.name}")
-    return Checkpoint(step, load(data))
+    if version == ONE_FILE and found != digest:
+        raise ValueError(f"checkpoint {tensors} is damaged: its sha256 is not the one in {path.name}")
+    return Record(tensors, step, version)
 
 
 def state_tensors(
@@ -92,28 +110,6 @@ def state_tensors(
                 tensors[f"optimizer.{names[id(parameter)]}/{key}"] = tensor
     tensors |= {f"other.{name}": tensor for name, tensor in others.items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def restore(
-    tensors: dict[str, Tensor], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, Tensor]:
-    """Put the tensors of `state_tensors` into a model and optimisers of the same configuration; returns the others."""
-    model.load_state_dict(_under("model.", tensors))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                state = _under(f"optimizer.{names[id(parameter)]}/", tensors)
-                optimizer.state[parameter] = {name: tensor.to(parameter.device) for name, tensor in state.items()}
-    return _under("other.", tensors)
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _records(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.json"))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,7 +7,6 @@ the whole model. A run's config.json is such a file too.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tomllib
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from ultramem.presets import preset as find_preset
 from ultramem.presets import preset_training
 
 SECTIONS = ("preset", "data", "data_sha256", "train", "model")
-TRAIN_FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
 
 
 class Recipe(NamedTuple):
@@ -60,7 +58,7 @@ def make_recipe(
         _set(changes, setting)
     model, options = _section(document, "model"), _section(document, "train")
     options |= {name: value for name, value in document.items() if name not in SECTIONS}
-    options |= changes.get("train", {}) | (train or {})
+    options = _merged(_merged(options, changes.get("train", {})), train or {})
     sha256 = document.get("data_sha256") if data is None else None
     preset, data = preset or document.get("preset"), data or document.get("data")
     if preset is not None:

@@ -89,7 +89,7 @@ class RunFolder:
             raise FileExistsError(f"out: the folder {self.path} exists already and is not a run (no {CONFIG_FILE})")
         self.path.mkdir(parents=True, exist_ok=True)
         sections = {name: fields for name, fields in description.items() if name != "model"}
-        write_config(self.path, model, **sections, environment=environment())
+        write_config(self.path, model, **sections, parallel=to_dict(train.parallel), environment=environment())
         corpus.tokenizer.save(self.path)
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -116,9 +116,11 @@ class RunFolder:
 
 def describe(model: ModelConfig, train: TrainConfig, corpus: Corpus) -> dict[str, dict[str, Any]]:
     """What a run is a function of."""
+    fields = to_dict(train)
+    fields.pop("parallel")  # a run goes on under any number of ranks
     return {
         "model": to_dict(model),
-        "train": to_dict(train),
+        "train": fields,
         "data": {"name": corpus.name, "sha256": corpus.sha256},
     }
 

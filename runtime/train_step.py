@@ -17,15 +17,26 @@ from torch import Tensor
 
 from ultramem.config import TrainConfig
 from ultramem.graph import Transformer
-from ultramem.optim import clip_grad_norm_
+from ultramem.ops import accumulation_dtype
 from ultramem.runtime.data import Stream, step_seed, training_batch
+from ultramem.runtime.distributed import ALONE, Ranks, ShardedLoss, reduce_gradients
+from ultramem.runtime.distributed.gradients import clip_gradients
 from ultramem.runtime.schedule import learning_rate, value_lr_ratio
 
 TrainLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class TrainStep:
-    """Trains `model` on the windows of `stream`, one call a step."""
+    """Trains `model` on the windows of `stream`, one call a step.
+
+    Args:
+        model: to train.
+        optimizers: of its weights.
+        config: how.
+        stream: tokens, the same on every rank.
+        ranks: that train together, each on its part of every micro-batch.
+        loss: see `make_train_loss`, which makes it where it is None; or a `ShardedLoss`.
+    """
 
     def __init__(
         self,
@@ -33,13 +44,22 @@ class TrainStep:
         optimizers: Sequence[torch.optim.Optimizer],
         config: TrainConfig,
         stream: Tensor | Stream,
+        *,
+        ranks: Ranks = ALONE,
+        loss: TrainLoss | None = None,
     ) -> None:
         self.model, self.optimizers, self.config, self.stream = model, optimizers, config, stream
+        self.ranks = ranks
         self.device = model.embedding.weight.device
-        self.loss = make_train_loss(model, config)
+        self.loss = make_train_loss(model, config) if loss is None else loss
 
-    def __call__(self, step: int) -> dict[str, Any]:
+    def __call__(self, step: int, *, stop: Callable[[], int] = lambda: 0) -> dict[str, Any]:
         """Do step `step`, counted from 1; returns its row of metrics.jsonl.
+
+        Args:
+            step: its number.
+            stop: gives the number of a signal that this rank was told to end by, or 0; the row's "stop" is the highest
+                of all ranks.
 
         Raises:
             ValueError: the loss or the gradient is no longer a finite number.
@@ -51,8 +71,13 @@ class TrainStep:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = value_lr if group["name"] == "values" else lr
-        loss, aux_loss = self._backward(step)
-        grad_norm = clip_grad_norm_(self.model.parameters(), config.max_grad_norm or math.inf).item()
+        sums_F = self._backward(step)
+        reduce_gradients(self.model, self.ranks)
+        stops_F = sums_F.new_zeros(self.ranks.size)
+        stops_F[self.ranks.rank] = stop()
+        figures_F = torch.cat([sums_F, stops_F])
+        grad_norm = clip_gradients(self.model, self.ranks, config.max_grad_norm or math.inf, figures_F).item()
+        loss, aux_loss, *stops = figures_F.tolist()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -66,10 +91,14 @@ class TrainStep:
             "lr": lr,
             "value_lr": value_lr,
             "tokens_per_second": round(config.batch_size * config.sequence_length / (time.perf_counter() - began), 1),
+            "stop": int(max(stops)),
         }
 
-    def _backward(self, step: int) -> tuple[float, float]:
-        """Leave the gradient of the step's mean loss in the parameters; returns the cross-entropy and the aux loss."""
+    def _backward(self, step: int) -> Tensor:
+        """Leave this rank's part of the gradient of the step's mean loss in the parameters; and of that loss.
+
+        Returns the cross-entropy and the aux loss [2], which add up over ranks.
+        """
         config = self.config
         batch = training_batch(
             self.stream,
@@ -78,16 +107,17 @@ class TrainStep:
             batch_size=config.batch_size,
             sequence_length=config.sequence_length,
         )
-        torch.manual_seed(step_seed(config.seed, step))  # dropout
-        sums = torch.zeros(2, device=self.device)
-        for inputs_BS, targets_BS in zip(
-            *(part.to(self.device).split(config.micro_batch_size) for part in batch), strict=True
-        ):
-            total, parts = self.loss(inputs_BS, targets_BS)
-            (total / config.accumulate).backward()
+        torch.manual_seed(step_seed(config.seed, step) + self.ranks.rank)  # dropout
+        share = config.accumulate * self.ranks.size
+        sums = torch.zeros(2, device=self.device, dtype=accumulation_dtype(self.model.embedding.weight.dtype))
+        micro_batches = list(zip(*(part.split(config.micro_batch_size) for part in batch), strict=True))
+        for number, (inputs_BS, targets_BS) in enumerate(micro_batches, start=1):
+            if isinstance(self.loss, ShardedLoss):
+                self.loss.is_last(number == len(micro_batches))
+            total, parts = self.loss(*(self.ranks.part_of(each).to(self.device) for each in (inputs_BS, targets_BS)))
+            (total / share).backward()
             sums += parts
-        cross_entropy, aux_loss = (sums / config.accumulate).tolist()
-        return cross_entropy, aux_loss
+        return sums / share
 
 
 def make_train_loss(model: Transformer, config: TrainConfig) -> TrainLoss:
@@ -98,7 +128,8 @@ def make_train_loss(model: Transformer, config: TrainConfig) -> TrainLoss:
     def loss(inputs_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):
             output = model(inputs_BS)
-        cross_entropy = F.cross_entropy(output.logits.float().flatten(0, 1), targets_BS.flatten())
+        logits_BSV = output.logits.to(accumulation_dtype(output.logits.dtype))
+        cross_entropy = F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
         # The parts as a copy: where a dense model's aux loss is a constant 0, the compiler (torch 2.13) takes the sum
         # for an alias of a detached output, and returns it without a gradient.
         parts = torch.stack([cross_entropy.detach(), output.aux_loss.detach()])

@@ -8,10 +8,16 @@ import signal
 import sys
 import typing
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ultramem.config import TrainConfig
+from ultramem.config import ParallelConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from ultramem.runtime.distributed import Ranks
+    from ultramem.runtime.recipe import Recipe
+    from ultramem.runtime.train import Result
 
 NONE_MEANS = {"health_every": "with each evaluation", "final_eval_tokens": "all"}
 
@@ -38,7 +44,8 @@ def add_train_commands(command: Callable[[str, Any, str], argparse.ArgumentParse
     )
     sub.add_argument("--tensorboard", action="store_true", help="write RUN/tensorboard too")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    _add_config_flags(sub, TrainConfig)
+    _add_config_flags(sub, TrainConfig, "training options")
+    _add_config_flags(sub, ParallelConfig, "over several ranks (torchrun ... -m ultramem train)")
 
     sub = command(
         "report", _report, "Curves of runs, finished or not, and the health of their memory, as one HTML file."
@@ -47,11 +54,13 @@ def add_train_commands(command: Callable[[str, Any, str], argparse.ArgumentParse
     sub.add_argument("--out", required=True, type=Path, metavar="FILE.html", help="file to write")
 
 
-def _add_config_flags(parser: argparse.ArgumentParser, cls: type[TrainConfig]) -> None:
+def _add_config_flags(parser: argparse.ArgumentParser, cls: type[TrainConfig | ParallelConfig], title: str) -> None:
     """A flag per field of the config; unset ones leave the TOML file's value or the default."""
     hints = typing.get_type_hints(cls)
-    group = parser.add_argument_group("training options")
+    group = parser.add_argument_group(title)
     for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            continue
         flag, hint = f"--{field.name.replace('_', '-')}", hints[field.name]
         help_text = f"(default: {field.default})"
         if hint is bool:
@@ -65,34 +74,28 @@ def _add_config_flags(parser: argparse.ArgumentParser, cls: type[TrainConfig]) -
 
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:
-    from ultramem.runtime.recipe import TRAIN_FIELDS, make_recipe
+    from ultramem.runtime.recipe import make_recipe
 
-    given = {name: value for name in TRAIN_FIELDS if (value := getattr(args, name)) is not None}
+    given = _given(args, TrainConfig)
+    if parallel := _given(args, ParallelConfig):
+        given["parallel"] = parallel
     recipe = make_recipe(file=args.config, preset=args.preset, data=args.data, train=given, settings=args.set)
-    from ultramem.runtime.data import load_corpus
-    from ultramem.runtime.progress import TrainingProgress
-    from ultramem.runtime.train import Stopped, train
+    from ultramem.runtime.distributed import LostRankError, join_ranks
+    from ultramem.runtime.train import Stopped
 
-    corpus = load_corpus(recipe.data)
-    if recipe.data_sha256 not in (None, corpus.sha256):
-        raise ValueError(f"data: {corpus.name} is not the text that {args.config} names (sha256 differs)")
     try:
-        with TrainingProgress() as progress:
-            result = train(
-                recipe.model,
-                recipe.train,
-                corpus,
-                args.out,
-                resume=args.resume,
-                device=_device(args.device),
-                tensorboard=args.tensorboard,
-                progress=progress,
-            )
+        with join_ranks(recipe.train.parallel, _device(args.device)) as ranks:
+            result = _train_on(ranks, recipe, args)
+    except LostRankError as error:
+        print(f"ultramem train: lost another rank ({error}); continue with --resume", file=sys.stderr)
+        sys.exit(1)
     except Stopped as stop:
         if stop.signum == signal.SIGTERM:
             print(f"ultramem train: {stop}", file=sys.stderr)
             sys.exit(128 + signal.SIGTERM)
         raise KeyboardInterrupt(str(stop)) from stop
+    if not ranks.is_main:
+        sys.exit(0)
     summary: dict[str, Any] = {
         "run": str(args.out),
         "preset": recipe.preset,
@@ -114,6 +117,40 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
                     f"  {name} text: {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte"
                 )
     return summary
+
+
+def _train_on(ranks: Ranks, recipe: Recipe, args: argparse.Namespace) -> Result:
+    from ultramem.runtime.data import load_corpus
+    from ultramem.runtime.distributed.placement import choose
+    from ultramem.runtime.progress import TrainingProgress
+    from ultramem.runtime.train import train
+
+    corpus = ranks.on_main(lambda: load_corpus(recipe.data))  # it may have to be fetched, once
+    corpus = corpus or load_corpus(recipe.data)
+    if recipe.data_sha256 not in (None, corpus.sha256):
+        raise ValueError(f"data: {corpus.name} is not the text that {args.config} names (sha256 differs)")
+    ranks, reasons = choose(ranks, recipe.model, recipe.train)
+    with TrainingProgress() if ranks.is_main else nullcontext() as progress:
+        if progress is not None:
+            for reason in reasons:
+                progress.message(reason)
+        return train(
+            recipe.model,
+            recipe.train,
+            corpus,
+            args.out,
+            resume=args.resume,
+            device=_device(args.device) if ranks.device is None else ranks.device,
+            tensorboard=args.tensorboard and ranks.is_main,
+            progress=progress,
+            ranks=ranks,
+        )
+
+
+def _given(args: argparse.Namespace, cls: type[TrainConfig | ParallelConfig]) -> dict[str, Any]:
+    """The fields that flags set."""
+    values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _device(name: str) -> str:

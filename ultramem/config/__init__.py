@@ -3,6 +3,7 @@
 from ultramem.config.fields import FORMAT_VERSION, from_dict, to_dict
 from ultramem.config.memory import MemoryConfig
 from ultramem.config.model import Insertion, ModelConfig, MoEConfig, parse_insertions
+from ultramem.config.parallel import ParallelConfig
 from ultramem.config.train import TrainConfig
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "MemoryConfig",
     "MoEConfig",
     "ModelConfig",
+    "ParallelConfig",
     "TrainConfig",
     "from_dict",
     "parse_insertions",

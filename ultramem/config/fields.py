@@ -29,7 +29,7 @@ def from_dict(cls: type[T], data: dict[str, Any]) -> T:
         if name not in fields:
             raise ValueError(f"unknown field {name!r} of {cls.__name__}, accepted: {', '.join(fields)}")
     for name, field in fields.items():
-        if name not in data and field.default is dataclasses.MISSING:
+        if name not in data and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{cls.__name__} needs the field {name!r}")
     return cls(**{name: _convert(f"{cls.__name__}.{name}", hints[name], value) for name, value in data.items()})
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ultramem.config.fields import require_fields_at_least, require_literals
+from ultramem.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +62,9 @@ class TrainConfig:
     """The newest ones that are kept."""
     save: Literal["last", "best"] = "last"
     """Whose weights the run ends with: the last step's, or those of the lowest held-out loss during training."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the run is spread over ranks."""
 
     def __post_init__(self) -> None:
         require_fields_at_least(

@@ -1,0 +1,8 @@
+"""Runs over several ranks, on PyTorch's own stack: torchrun, DeviceMesh, DTensor, FSDP2, Distributed Checkpoint."""
+
+from ultramem.runtime.distributed.agreement import require_agreement
+from ultramem.runtime.distributed.gradients import reduce_gradients
+from ultramem.runtime.distributed.ranks import ALONE, LostRankError, Ranks, join_ranks
+from ultramem.runtime.distributed.sharded_loss import ShardedLoss
+
+__all__ = ["ALONE", "LostRankError", "Ranks", "ShardedLoss", "join_ranks", "reduce_gradients", "require_agreement"]

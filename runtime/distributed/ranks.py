@@ -1,0 +1,158 @@
+"""The processes of a run: who this one is, and what all of them do together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ultramem.config import ParallelConfig
+from ultramem.graph.table_shard import TableShard
+
+T = TypeVar("T")
+
+
+class LostRankError(RuntimeError):
+    """Another rank is gone, or does not answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """The ranks of a run. One process alone is `ALONE`, where every method does nothing or its own part."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device | None = None
+    mesh: DeviceMesh | None = None
+    """(table copies, ranks that share a table); None where there is one process."""
+    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(table_placement="replicate"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one rank that writes and prints."""
+        return self.rank == 0
+
+    @property
+    def shares(self) -> bool:
+        """Whether tables are cut."""
+        return self.mesh is not None and self.parallel.table_placement in ("rows", "columns")
+
+    def table_shard(self) -> TableShard | None:
+        """This rank's part of the tables; None: all of them.
+
+        Raises:
+            ValueError: the placement is still "auto".
+        """
+        placement, pool = self.parallel.table_placement, self.parallel.pool
+        if self.mesh is None or placement == "replicate":
+            return None
+        if placement == "auto" or pool == "auto":
+            raise ValueError(f"table_placement and pool must be chosen before tables are made, got {placement}, {pool}")
+        return TableShard(
+            placement=placement,
+            mesh=self.mesh,
+            deduplicate=self.parallel.deduplicate,
+            pool=pool,
+            exchange_dtype=torch.bfloat16 if self.parallel.exchange_dtype == "bfloat16" else None,
+        )
+
+    def part_of(self, batch: Tensor) -> Tensor:
+        """This rank's part of a batch that all ranks have."""
+        return batch.chunk(self.size)[self.rank] if self.size > 1 else batch
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """What the main rank's `work` returns, there; None elsewhere, once it has ended. Its error is everybody's.
+
+        Raises:
+            Exception: what `work` raised, where it was raised; elsewhere the same type, if it is a built-in one.
+        """
+        if self.size == 1:
+            return work()
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as raised:  # everybody must hear of it
+                error = raised
+        heard = [None if error is None else (type(error).__name__, str(error))]
+        dist.broadcast_object_list(heard)
+        if error is not None:
+            raise error
+        if heard[0] is not None:
+            name, text = heard[0]
+            raise _ERRORS.get(name, RuntimeError)(text)
+        return result
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+_ERRORS: dict[str, type[Exception]] = {
+    each.__name__: each for each in (ValueError, FileExistsError, FileNotFoundError, IsADirectoryError, ImportError)
+}
+
+_SIGNS = ("Connection closed", "Timed out", "timed out", "Connection reset", "Broken pipe")
+
+ALONE = Ranks()
+
+
+@contextmanager
+def join_ranks(parallel: ParallelConfig, device: torch.device | str = "cpu") -> Iterator[Ranks]:
+    """The ranks that `torchrun` started, or this process alone.
+
+    Args:
+        parallel: how a run is spread over them.
+        device: "cuda" becomes the device of this rank on its node.
+
+    Raises:
+        ValueError: table_copies does not divide the ranks, or there is no device for this rank.
+        LostRankError: in here, a collective failed or took longer than `parallel.timeout_s`.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks(device=torch.device(device))
+        return
+    if size % parallel.table_copies:
+        raise ValueError(f"table_copies must divide the {size} ranks, got {parallel.table_copies}")
+    device = torch.device(device)
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"device: rank {local} of this node needs a GPU, there are {torch.cuda.device_count()}")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=parallel.timeout_s)
+    )
+    copies = parallel.table_copies
+    mesh = init_device_mesh(device.type, (copies, size // copies), mesh_dim_names=("copies", "shards"))
+    rank = dist.get_rank()
+    try:
+        yield Ranks(rank=rank, size=size, device=device, mesh=mesh, parallel=parallel)
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        raise LostRankError(f"rank {rank} of {size}: {str(error).splitlines()[0]}") from error
+    dist.destroy_process_group()
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    """Whether a collective says that it has no answer."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(sign in text for sign in _SIGNS)
