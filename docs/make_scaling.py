@@ -72,7 +72,7 @@ is drawn here is that relationship, from its formulas.
 ## {NAME} on H100s
 
 {PlanOptions(ranks=1).tokens_per_rank:,} tokens a rank in one forward and backward, bfloat16 on the wire, deduplicated
-rows, LazyAdamW on float32 tables, FSDP2 for all else. "Sent" is by one rank in a step, for all
+rows, LazyAdamW on float32 tables, one copy of each, FSDP2 for all else. "Sent" is by one rank in a step, for all
 {len(preset(NAME).parsed_insertions)} memory layers, forward and backward; its share to itself is not counted.
 
 {_placement_table(plans)}
@@ -88,9 +88,10 @@ owner. Deduplication is counted for rows chosen by chance, which hardly repeat a
 
 These are floors: products and memory at the rates that an H100 was measured to reach, links at their line rate,
 nobody waiting for anybody ({LINK_SOURCE}). Rows, or what was pooled of them, travel beside the
-{_skips(plans[64])} layers that their memory layer skips, what FSDP gathers beside the block before; for numbers and
-scores a lookup waits. Bytes are not all that counts: in an all-to-all between nodes each rank has its own network link,
-while in a ring the ranks of a node share theirs. Where that turns the order of two placements, `ultramem plan` says so.
+{_skips(plans[64])} layers that their memory layer skips; for numbers and scores a lookup waits. Dense weights are
+gathered before the forward and their gradients scattered after the backward, as training does. Bytes are not all that
+counts: in an all-to-all between nodes each rank has its own network link, while in a ring the ranks of a node share
+theirs. Where that turns the order of two placements, `ultramem plan` says so.
 
 ## How it is checked
 
@@ -129,7 +130,7 @@ def _placement_table(plans: dict[int, Plan]) -> str:
 
 
 def _time_table(plans: dict[int, Plan]) -> str:
-    lines = ["| ranks | placement | computing | exchange | of it in the open | rest in the open | step | tokens/s |"]
+    lines = ["| ranks | placement | computing | exchange | of it waited for | dense weights | step | tokens/s |"]
     lines.append("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for ranks, plan in plans.items():
         time = plan.chosen.time
@@ -137,7 +138,7 @@ def _time_table(plans: dict[int, Plan]) -> str:
         tokens = ranks * plan.options.tokens_per_rank * plan.options.accumulate / time.total_us
         lines.append(
             f"| {ranks} | {plan.chosen.volume.label} | {time_text(compute)} | {time_text(time.exchange_us)} "
-            f"| {time_text(time.exposed_exchange_us)} | {time_text(time.exposed_dense_us)} "
+            f"| {time_text(time.exposed_exchange_us)} | {time_text(time.dense_collectives_us)} "
             f"| {time_text(time.total_us)} | {number_text(tokens)} M |"
         )
     return "\n".join(lines)

@@ -30,6 +30,7 @@ def add_plan_command(command: Callable[[str, Any, str], argparse.ArgumentParser]
     sub.add_argument("--sequence-length", type=int, metavar="N", help="(default: 2048)")
     sub.add_argument("--dtype", metavar="T", help="of activations and on the wire: bf16 (default) or fp32")
     sub.add_argument("--placement", metavar="P", help="auto (default), rows, columns or replicate")
+    sub.add_argument("--table-copies", type=int, metavar="N", help="of each cut table, as of one a node (default: 1)")
     sub.add_argument("--dense", metavar="P", help="all that is no table: fsdp (default) or replicate")
     sub.add_argument("--table-optimizer", metavar="O", help="lazy_adamw (default), row_adagrad or adamw")
     sub.add_argument("--table-dtype", metavar="T", help="float32 (default) or bfloat16")

@@ -21,7 +21,7 @@ FASTER = 0.95
 
 def advice_on(plan: Plan) -> tuple[str, ...]:
     """Sentences on what is short, what would be faster, and what the plan assumes."""
-    found = (_memory(plan), _faster(plan), _narrow_columns(plan), _exposed(plan), _rings(plan), _repeats(plan))
+    found = (_memory(plan), _faster(plan), _narrow_columns(plan), _exposed(plan), _copies(plan), _repeats(plan))
     return tuple(each for each in found if each is not None)
 
 
@@ -41,6 +41,8 @@ def _memory(plan: Plan) -> str | None:
         for each in plan.placements
         if each.refused is None and each.memory_bytes <= there
     ]
+    if plan.chosen.volume.placement == "columns":
+        del changes["row_adagrad"]
     for name, change in changes.items():
         if any(getattr(plan.options, field) == value for field, value in change.items()):
             continue
@@ -68,7 +70,7 @@ def _faster(plan: Plan) -> str | None:
     return (
         f"By the model of time {best.volume.label} would be faster: {time_text(total_us(best))} a step, "
         f"{time_text(total_us(plan.chosen))} as chosen. All-to-alls are bound by each rank's own network link, "
-        f"all-gathers by those of a whole node."
+        f"rings by those of a whole node."
     )
 
 
@@ -76,7 +78,7 @@ def _narrow_columns(plan: Plan) -> str | None:
     if plan.chosen.volume.placement != "columns":
         return None
     memory, size = require_memory(plan.config), 4 if plan.options.table_dtype == "float32" else 2
-    wide = memory.value_dim // plan.options.ranks * size
+    wide = memory.value_dim // plan.options.table_ranks * size
     if wide >= SECTOR_BYTES:
         return None
     return (
@@ -95,20 +97,22 @@ def _exposed(plan: Plan) -> str | None:
     return (
         f"The exchange is in the open for {time_text(time.exposed_exchange_us)} a step, {share_text(share)} of it: "
         f"{bytes_text(waited)} of a lookup are waited for at once, and the rest has {' or '.join(map(str, skips))} "
-        f"skipped layers, less what their own collectives take of the links."
+        f"skipped layers to hide behind."
     )
 
 
-def _rings(plan: Plan) -> str | None:
-    time, ranks = plan.chosen.time, plan.options.ranks
-    share = time.exposed_dense_us / time.total_us
+def _copies(plan: Plan) -> str | None:
+    time = plan.chosen.time
+    share = (time.copies_us + time.dense_collectives_us) / time.total_us
     if share < EXPOSED_SHARE:
         return None
-    return (
-        f"Collectives of the dense part are in the open for {time_text(time.exposed_dense_us)} a step, "
-        f"{share_text(share)} of it: rings of {ranks} ranks take {ranks - 1} steps each. More tokens per rank would "
-        f"hide them."
+    said = (
+        f"Around forward and backward a rank waits {time_text(time.dense_collectives_us)} for dense weights and "
+        f"gradients and {time_text(time.copies_us)} for those of tables, {share_text(share)} of a step"
     )
+    if plan.options.dense == "fsdp":
+        return f"{said}. More tokens per rank make that a smaller share; gathering less than all at once is not there."
+    return f"{said}. More tokens per rank make that a smaller share."
 
 
 def _repeats(plan: Plan) -> str | None:
@@ -116,7 +120,7 @@ def _repeats(plan: Plan) -> str | None:
     if plan.chosen.volume.pooling != "home" or plan.distinct_rows is None:
         return None
     shape = lookup_shape(require_memory(plan.config), plan.options.tokens_per_rank)
-    every = rows_at_home(shape, plan.options.ranks, plan.options.wire)
+    every = rows_at_home(shape, plan.options.table_ranks, plan.options.wire)
     saved = 1 - plan.chosen.volume.total_bytes / every.total_bytes
     source = "as given" if plan.options.distinct_rows is not None else "for rows chosen by chance; text repeats more"
     return f"Deduplication saves {share_text(saved)} of the bytes ({source})."

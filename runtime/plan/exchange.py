@@ -60,13 +60,17 @@ class Wire:
     gradient_bytes: int = 2
     """Of a number in the gradient of a row, pooled or not."""
     score_gradient_bytes: int = 2
+    replica_gradient_bytes: int = 4
+    """Of a number in the gradient of a table, or of a part of one, that several ranks have: as in the table."""
     index_bytes: int | None = None
     """None: 4 where every row (or virtual row) has a number below 2^31, else 8."""
     count_bytes: int = 8
     """Of how many rows one rank asks another for, sent ahead of the indices. 0: the ranks know."""
 
     def __post_init__(self) -> None:
-        require_fields_at_least(self, 1, "row_bytes", "score_bytes", "gradient_bytes", "score_gradient_bytes")
+        require_fields_at_least(
+            self, 1, "row_bytes", "score_bytes", "gradient_bytes", "score_gradient_bytes", "replica_gradient_bytes"
+        )
         require_fields_at_least(self, 0, "count_bytes")
         if self.index_bytes not in (None, 4, 8):
             raise ValueError(f"index_bytes must be 4, 8 or None, got {self.index_bytes}")

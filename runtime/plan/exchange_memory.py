@@ -1,6 +1,6 @@
 """Memory that an exchange takes on a rank, by arithmetic: what it keeps for the backward, and what passes through.
 
-Symbols: P ranks, T tokens of the rank, K slots, C cores, E blocks, N rows of w columns (input rows of experts among
+Symbols: P ranks that share a copy of a table, T tokens of the rank, K slots, C cores, E blocks, N rows of w columns (input rows of experts among
 them), Dv of them values; U distinct rows of a lookup, b bytes of a table's number, e of one on the wire; c cores that a
 rank's columns belong to, M slots of a token that one rank owns at most, u rows of a rank that all tokens read.
 
@@ -26,9 +26,9 @@ from ultramem.runtime.plan.options import TABLE_BYTES, PlanOptions
 
 def kept_bytes(memory: MemoryConfig, options: PlanOptions, placement: Placement, pooling: Pooling | None) -> int:
     """That one memory layer keeps from its exchange until its backward."""
-    if placement == "replicate" or options.ranks == 1:
+    if placement == "replicate" or options.table_ranks == 1:
         return 0
-    size, cores, ranks = TABLE_BYTES[options.table_dtype], memory.num_cores, options.ranks
+    size, cores, ranks = TABLE_BYTES[options.table_dtype], memory.num_cores, options.table_ranks
     reads, width = options.tokens_per_rank * memory.num_slots, memory.value_dim + memory.expert_dim
     if placement == "columns":
         return ranks * reads * (8 + size * cores_of_columns(memory, ranks)) - 4 * cores * reads
@@ -43,14 +43,14 @@ def kept_bytes(memory: MemoryConfig, options: PlanOptions, placement: Placement,
 
 def passing_bytes(memory: MemoryConfig, options: PlanOptions, placement: Placement, pooling: Pooling | None) -> int:
     """That one exchange takes for as long as it lasts."""
-    if placement == "replicate" or options.ranks == 1:
+    if placement == "replicate" or options.table_ranks == 1:
         return 0
     size, wire = TABLE_BYTES[options.table_dtype], options.element_bytes
     pooled = options.tokens_per_rank * memory.expansion * memory.value_dim
     if placement == "columns":
         return pooled * (size + 2 * wire)
     if pooling == "owner":
-        return pooled * (options.ranks * (size + wire) + wire)
+        return pooled * (options.table_ranks * (size + wire) + wire)
     rows = distinct_rows(memory, options) or options.tokens_per_rank * memory.num_slots
     return 2 * rows * (memory.value_dim + memory.expert_dim) * wire
 

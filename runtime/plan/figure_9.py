@@ -71,11 +71,11 @@ def _map(plan: Plan, shape: LookupShape, wire: Wire, ranks: list[float]) -> Pane
         label="the paper's formulas", points=line(plain, PAPER_WIRE, training=False), color="b", dashed=True
     )
     here = Note(
-        text=f"{plan.options.ranks} ranks, {shape.value_dim} wide",
-        x=min(max(plan.options.ranks, 2), LAST_RANKS),
+        text=f"{plan.options.table_ranks} ranks, {shape.value_dim} wide",
+        x=min(max(plan.options.table_ranks, 2), LAST_RANKS),
         y=shape.value_dim,
         dot=True,
-        anchor="start" if plan.options.ranks <= 8 else "end",
+        anchor="start" if plan.options.table_ranks <= 8 else "end",
     )
     return Panel(
         title=f"Which sends less: {plan.name}, {shape.slots} rows a token",

@@ -1,13 +1,13 @@
 """Memory of one rank in training, by arithmetic.
 
-Symbols: P ranks, D dense parameters (embedding and head among them), B those of a block, N rows of w columns (input rows
-of experts among them) in each table, b bytes of a table's number, e of an activation.
+Symbols: P ranks, D dense parameters (embedding and head among them), N rows of w columns (input rows of experts among
+them) in each table, b bytes of a table's number.
 
 | part | bytes |
 | --- | --- |
 | dense weights, gradients, AdamW | 4 D, 4 D, 8 D; with FSDP a P-th of each |
-| dense copies | FSDP: two blocks, embedding and head gathered, e each, and a block's gradients, 4 each; replicas: 2 D in bf16 |
-| table weights | b N w, a P-th of it where it is sharded |
+| dense copies | FSDP: whole weights and gradients from forward to backward, 4 D each; either way 2 D in bf16, for products |
+| table weights | b N w, a P-th of it where P ranks share a copy |
 | table gradients | as the weights with AdamW; else `b w + 8` a row that the step touched, of a rank's share |
 | table optimiser | AdamW: 2 b a number; LazyAdamW: 8 a number and 4 a row; RowAdagrad: 8 a row |
 | activations | `activations.py` |
@@ -88,7 +88,7 @@ def table_share(config: ModelConfig, options: PlanOptions, placement: Placement)
     """A rank's share of the tables, and of what a step touches by chance."""
     memory = require_memory(config)
     tables, width = num_tables(config), memory.value_dim + memory.expert_dim
-    ranks = 1 if placement == "replicate" else options.ranks
+    ranks = 1 if placement == "replicate" else options.table_ranks
     rows = memory.table_rows if placement == "columns" else -(-memory.table_rows // ranks)
     columns = -(-width // ranks) if placement == "columns" else width
     arrays = 2 if memory.expert_dim else 1  # input rows are a table of their own
@@ -147,14 +147,10 @@ def require_memory(config: ModelConfig) -> MemoryConfig:
 
 
 def _dense_parts(config: ModelConfig, options: PlanOptions) -> list[MemoryPart]:
-    dense, ends = dense_parameters(config), count(config).embedding
+    dense = dense_parameters(config)
     share = options.ranks if options.dense == "fsdp" else 1
     shard = -(-dense // share)
-    block = -(-(dense - ends) // config.num_layers)
-    if share > 1:
-        copies = options.element_bytes * (2 * block + ends) + 4 * block
-    else:
-        copies = 2 * dense if options.dtype == "bf16" else 0
+    copies = (8 * dense if share > 1 else 0) + (2 * dense if options.dtype == "bf16" else 0)
     return [
         MemoryPart("dense weights", 4 * shard),
         MemoryPart("dense gradients", 4 * shard),

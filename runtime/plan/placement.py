@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ultramem.runtime.plan.exchange import LookupShape, Placement, Pooling, Volume, Wire
-from ultramem.runtime.plan.volumes import columns, replicate, rows_at_home, rows_at_owner
+from ultramem.runtime.plan.exchange import Collective, LookupShape, Placement, Pooling, Volume, Wire
+from ultramem.runtime.plan.volumes import added_up, columns, replicate, rows_at_home, rows_at_owner
 from ultramem.runtime.profile.units import bytes_text, number_text, share_text
 
 
@@ -14,7 +15,9 @@ class Candidate:
     """One way to place a table."""
 
     volume: Volume
-    """Of one lookup; of replicas, of the reduction of a step's gradient."""
+    """Of one lookup; where every rank has the table, what adds up a step's gradient."""
+    copies: tuple[Collective, ...]
+    """What adds up a step's gradient of a table over its copies; none where there is one copy."""
     step_bytes: int
     """That a rank sends for one table in a step, which the choice compares."""
     refused: str | None
@@ -29,7 +32,7 @@ class Choice:
     pooling: Pooling | None
     """Where rows are pooled in "rows"; None else."""
     volume: Volume
-    """Of one lookup."""
+    """Of one lookup; where every rank has the table, what adds up a step's gradient."""
     reasons: tuple[str, ...]
     """Sentences for people, the conclusion last."""
     candidates: tuple[Candidate, ...]
@@ -44,9 +47,12 @@ def choose_placement(
     replica_bytes: int,
     free_bytes: int | None = None,
     distinct_rows: int | None = None,
+    copies: int = 1,
     touched_rows: int | None = None,
+    group_touched_rows: int | None = None,
     lookups: int = 1,
     training: bool = True,
+    ruled_out: Mapping[Placement, str] | None = None,
 ) -> Choice:
     """The placement of a table over `ranks` that sends the fewest bytes and fits.
 
@@ -54,15 +60,18 @@ def choose_placement(
 
     Args:
         shape: of a lookup on one rank.
-        ranks: that share the table, one lookup each.
+        ranks: that share a copy of the table if it is cut, one lookup each.
         wire: bytes of what is sent; None: 2 bytes a number.
         replica_bytes: memory that all tables of the model take on a rank that has them whole: rows, gradients, state.
         free_bytes: memory that a rank has for them; None: nobody knows, so that tables of several ranks are sharded.
         distinct_rows: different rows that a rank's lookup reads, where indices are deduplicated; None: they are not.
+        copies: of a cut table; all ranks are so many times `ranks`.
         touched_rows: different rows that a step of one rank touches, where gradients are of touched rows; None: they
             are dense.
+        group_touched_rows: the same of the ranks that share a copy.
         lookups: of a table in a step: layers that share it times micro-batches. Each exchanges; replicas reduce once.
         training: backward passes count; else the forward alone.
+        ruled_out: placements that cannot be for reasons of the caller's, each as a sentence.
 
     Raises:
         ValueError: a number is out of range.
@@ -70,26 +79,26 @@ def choose_placement(
     if replica_bytes < 0 or (free_bytes is not None and free_bytes < 0):
         raise ValueError(f"replica_bytes and free_bytes must be at least 0, got {replica_bytes} and {free_bytes}")
     wire = wire or Wire()
-    volumes = (
-        replicate(shape, ranks, wire, distinct_rows=touched_rows),
+    refused: dict[Placement, str | None] = {
+        "replicate": _why_not_replicate(ranks * copies, replica_bytes, free_bytes),
+        "columns": _why_not_columns(shape, ranks),
+        "rows": _why_not_rows(shape, ranks),
+        **(ruled_out or {}),
+    }
+    candidates = []
+    for volume in (
+        replicate(shape, ranks * copies, wire, distinct_rows=touched_rows),
         columns(shape, ranks, wire),
         rows_at_home(shape, ranks, wire, distinct_rows=distinct_rows),
         rows_at_owner(shape, ranks, wire, distinct_rows=distinct_rows),
-    )
-    refused = {
-        "replicate": _why_not_replicate(ranks, replica_bytes, free_bytes),
-        "columns": _why_not_columns(shape, ranks),
-        "rows": _why_not_rows(shape, ranks),
-    }
-    candidates = [
-        Candidate(
-            volume=volume,
-            step_bytes=(volume.total_bytes if training else volume.forward_bytes)
-            * (1 if volume.placement == "replicate" else lookups),
-            refused=refused[volume.placement],
+    ):
+        added = part_added_up(shape, volume.placement, ranks, copies, wire, group_touched_rows) if training else ()
+        sent = volume.total_bytes if training else volume.forward_bytes
+        times = 1 if volume.placement == "replicate" else lookups
+        step_bytes = times * sent + sum(each.sent_bytes for each in added)
+        candidates.append(
+            Candidate(volume=volume, copies=added, step_bytes=step_bytes, refused=refused[volume.placement])
         )
-        for volume in volumes
-    ]
     possible = [each for each in candidates if each.refused is None]
     if not possible:
         raise ValueError(
@@ -105,6 +114,30 @@ def choose_placement(
         reasons=(*reasons, *_conclusion(best, possible, ranks, replica_bytes, free_bytes)),
         candidates=tuple(candidates),
     )
+
+
+def part_added_up(
+    shape: LookupShape, placement: Placement, ranks: int, copies: int, wire: Wire, touched_rows: int | None
+) -> tuple[Collective, ...]:
+    """What a rank sends for the gradient of its part of a table, which as many others have as there are copies.
+
+    Args:
+        shape: of a lookup.
+        placement: of the table.
+        ranks: that share a copy.
+        copies: of the table.
+        wire: bytes of what is sent.
+        touched_rows: that the ranks of a copy touch in a step; None: gradients are dense.
+    """
+    if placement == "replicate":
+        return ()
+    by_rows = placement == "rows"
+    cut = 1 if by_rows else ranks
+    widths = [-(-width // cut) for width in (shape.value_dim, shape.expert_dim) if width]
+    rows = -(-shape.table_rows // ranks) if by_rows else shape.table_rows
+    if touched_rows is not None and by_rows:
+        touched_rows = -(-touched_rows // ranks)
+    return added_up(rows, widths, copies, wire, touched_rows=touched_rows)
 
 
 def _why_not_columns(shape: LookupShape, ranks: int) -> str | None:
@@ -144,7 +177,7 @@ def _sentence(candidate: Candidate, training: bool) -> str:
         return candidate.refused
     volume = candidate.volume
     phases = ("forward", "backward") if training else ("forward",)
-    counted = [each for each in volume.collectives if each.phase in phases]
+    counted = [each for each in (*volume.collectives, *candidate.copies) if each.phase in phases]
     if not counted:
         return f"{volume.label.capitalize()}: nothing is sent."
     largest = max(counted, key=lambda each: each.sent_bytes)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ultramem.config import ModelConfig
 from ultramem.runtime.figures.expected import expected_distinct
-from ultramem.runtime.plan.exchange import Volume, lookup_shape
+from ultramem.runtime.plan.exchange import Collective, Placement, Volume, lookup_shape
 from ultramem.runtime.plan.exchange_memory import distinct_rows
 from ultramem.runtime.plan.memory import (
     MemoryPart,
@@ -19,11 +19,14 @@ from ultramem.runtime.plan.memory import (
     total_bytes,
 )
 from ultramem.runtime.plan.options import PlanOptions
-from ultramem.runtime.plan.placement import Choice, choose_placement
+from ultramem.runtime.plan.placement import Candidate, Choice, choose_placement
 from ultramem.runtime.plan.plan_devices import PlanDevice
 from ultramem.runtime.plan.step_time import StepTime, step_time
 
 FORMAT_VERSION = 1
+ROW_ADAGRAD: dict[Placement, str] = {
+    "columns": "Columns are not possible: row_adagrad's accumulator of a row is a mean over all of its columns."
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +34,9 @@ class PlacementPlan:
     """One placement of the tables."""
 
     volume: Volume
-    """Of one lookup; of replicas, of a step's gradient of one table."""
+    """Of one lookup; where every rank has the tables, what adds up a step's gradient of one."""
+    copies: tuple[Collective, ...]
+    """What adds up a step's gradient of one cut table over its copies."""
     refused: str | None
     """Why it cannot be; None if it can."""
     step_bytes: int
@@ -72,22 +77,26 @@ def make_plan(name: str, config: ModelConfig, options: PlanOptions, device: Plan
     memory = require_memory(config)
     shape = lookup_shape(memory, options.tokens_per_rank)
     distinct = distinct_rows(memory, options)
-    sparse = options.table_optimizer != "adamw"
     lookups = options.accumulate * (len(config.parsed_insertions) // num_tables(config))
-    touched = round(expected_distinct(shape.reads * lookups, shape.table_rows)) if sparse else None
+    touched = {
+        ranks: round(expected_distinct(ranks * shape.reads * lookups, shape.table_rows))
+        for ranks in (1, options.table_ranks)
+        if options.table_optimizer != "adamw"
+    }
     choice = choose_placement(
         shape,
-        options.ranks,
+        options.table_ranks,
         wire=options.wire,
         replica_bytes=sum(part.bytes for part in table_parts(config, options, "replicate")),
         free_bytes=_free_bytes(config, options, device),
         distinct_rows=distinct,
-        touched_rows=touched,
+        copies=options.table_copies,
+        touched_rows=touched.get(1),
+        group_touched_rows=touched.get(options.table_ranks),
         lookups=lookups,
+        ruled_out=ROW_ADAGRAD if options.table_optimizer == "row_adagrad" else None,
     )
-    placements = tuple(
-        _placement_plan(config, options, device, candidate.volume, candidate.refused) for candidate in choice.candidates
-    )
+    placements = tuple(_placement_plan(config, options, device, candidate) for candidate in choice.candidates)
     plan = Plan(
         name=name,
         config=config,
@@ -127,6 +136,7 @@ def _to_json(placement: PlacementPlan, device: PlanDevice) -> dict[str, Any]:
         "pooling": placement.volume.pooling,
         "refused": placement.refused,
         "collectives": [each._asdict() | {"travels": each.travels} for each in placement.volume.collectives],
+        "copies": [each._asdict() for each in placement.copies],
         "lookup_forward_bytes": placement.volume.forward_bytes,
         "lookup_backward_bytes": placement.volume.backward_bytes,
         "step_bytes": placement.step_bytes,
@@ -144,20 +154,21 @@ def _free_bytes(config: ModelConfig, options: PlanOptions, device: PlanDevice) -
 
 
 def _placement_plan(
-    config: ModelConfig, options: PlanOptions, device: PlanDevice, volume: Volume, refused: str | None
+    config: ModelConfig, options: PlanOptions, device: PlanDevice, candidate: Candidate
 ) -> PlacementPlan:
-    layers = len(config.parsed_insertions)
+    volume, copies = candidate.volume, candidate.copies
     again = 1 + options.activation_checkpointing
+    lookups = options.accumulate * len(config.parsed_insertions)
     if volume.placement == "replicate":
-        step_bytes = num_tables(config) * volume.backward_bytes
-    else:
-        step_bytes = options.accumulate * layers * (again * volume.forward_bytes + volume.backward_bytes)
+        lookups, copies = 0, volume.collectives
+    sent = lookups * (again * volume.forward_bytes + volume.backward_bytes)
     return PlacementPlan(
         volume=volume,
-        refused=refused,
-        step_bytes=step_bytes,
+        copies=candidate.copies,
+        refused=candidate.refused,
+        step_bytes=sent + num_tables(config) * sum(each.sent_bytes for each in copies),
         memory=rank_memory(config, options, volume.placement, volume.pooling),
-        time=step_time(config, options, device, volume),
+        time=step_time(config, options, device, volume, copies),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from ultramem.machine import gemm_flops_per_second, measure_machine
 from ultramem.runtime.figures.devices import DEVICES
 from ultramem.runtime.plan.exchange import Kind
-from ultramem.runtime.plan.options import PlanOptions
+from ultramem.runtime.plan.options import Group, PlanOptions
 
 PLAN_DEVICES = ("h100", "h200", "cpu")
 
@@ -96,28 +96,28 @@ def plan_device(name: str, options: PlanOptions) -> PlanDevice:
     )
 
 
-def collective_us(kind: Kind, sent_bytes: int, options: PlanOptions, links: Links) -> float:
-    """Time of one collective of all ranks, each of which sends `sent_bytes`.
+def collective_us(kind: Kind, sent_bytes: int, group: Group, links: Links) -> float:
+    """Time of one collective of a group, each rank of which sends `sent_bytes`.
 
     An all-to-all sends to all at once, within the node and beyond side by side: one step, and the longer of the two
     transfers. The others are rings of P-1 steps (an all-reduce 2 (P-1)), of which one a node crosses the network; the
     ranks of a node share the bytes of the crossing over their network links.
     """
-    if options.ranks == 1 or not sent_bytes:
+    if group.ranks == 1 or not sent_bytes:
         return 0.0
-    nodes, ranks_in_node = options.nodes, min(options.ranks, options.ranks_per_node)
+    nodes = group.nodes
     if kind == "all_to_all":
-        within = (ranks_in_node - 1) / (options.ranks - 1)
+        within = (group.per_node - 1) / (group.ranks - 1)
         seconds = max(
             sent_bytes * within / links.node_bytes_per_second,
             sent_bytes * (1 - within) / links.network_bytes_per_second,
         )
         return links.base_us + (links.network_us if nodes > 1 else links.node_us) + 1e6 * seconds
     rounds = 2 if kind == "all_reduce" else 1
-    crossings, steps = rounds * (nodes - 1), rounds * (options.ranks - 1)
-    rate = links.node_bytes_per_second if ranks_in_node > 1 else links.network_bytes_per_second
+    crossings, steps = rounds * (nodes - 1), rounds * (group.ranks - 1)
+    rate = links.node_bytes_per_second if group.per_node > 1 else links.network_bytes_per_second
     if nodes > 1:
-        rate = min(rate, ranks_in_node * links.network_bytes_per_second)
+        rate = min(rate, group.per_node * links.network_bytes_per_second)
     latency = (steps - crossings) * links.node_us + crossings * links.network_us
     return links.base_us + latency + 1e6 * sent_bytes / rate
 

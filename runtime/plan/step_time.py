@@ -7,11 +7,11 @@ state there is read and written. A collective takes its latency and its bytes at
 (`plan_devices.collective_us`).
 
 What is hidden: rows, or what was pooled of them, travel beside the layers that their memory layer skips: for "3:5" the
-MLP of layer 3 and all of layers 4 and 5, and in the backward their backwards; less what FSDP's collectives of these
-layers take of the links. Where nothing is skipped that is the MLP of the layer itself. All else that a lookup sends
-(numbers, scores, the gradients of scores) is waited for. FSDP gathers a block (and scatters its gradients in float32)
-beside the compute of a neighbour; each forward and backward of a step does so. Gradients of replicas are reduced once a
-step, beside the last backward. Without `overlap` nothing is hidden.
+MLP of layer 3 and all of layers 4 and 5, and in the backward their backwards. Where nothing is skipped that is the MLP
+of the layer itself; without `overlap` it is nothing. All else that a lookup sends (numbers, scores, the gradients of
+scores) is waited for. So are, as training has them, the collectives around forward and backward: with FSDP all dense
+weights are gathered before each forward, in float32, and gradients scattered after the last backward; copies add up
+their gradients after it, dense ones in pieces of 32 MiB, those of tables table by table.
 
 So this is a floor: kernels reach their roofs, links their line rate, no rank waits for another, and nothing but the
 above takes time. It compares placements better than it foretells a training run.
@@ -19,17 +19,20 @@ above takes time. It compares placements better than it foretells a training run
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ultramem.config import ModelConfig
 from ultramem.config.model import Insertion
-from ultramem.runtime.plan.exchange import Phase, Placement, Volume
+from ultramem.runtime.plan.exchange import Collective, Phase, Placement, Volume
 from ultramem.runtime.plan.memory import dense_parameters, num_tables, table_share
 from ultramem.runtime.plan.options import TABLE_BYTES, PlanOptions
 from ultramem.runtime.plan.plan_devices import PlanDevice, collective_us
 from ultramem.runtime.plan.volumes import others_share
 from ultramem.runtime.profile.arithmetic import MEMORY_STAGES, stage_costs
 
+BUCKET_BYTES = 32 * 2**20
+"""Of dense gradients that are added up at once, as `runtime/distributed/gradients.py` does."""
 BACKWARD = 2
 """Times a forward: a product for the gradient of each of its inputs."""
 
@@ -46,24 +49,28 @@ class StepTime(NamedTuple):
     """Of tables, forward and backward, hidden or not."""
     exposed_exchange_us: float
     """What of it nothing hides."""
+    copies_us: float
+    """Of adding up the gradients of tables, or parts of them, that several ranks have; nothing hides it."""
     dense_collectives_us: float
-    """FSDP's, or the reduction of gradients."""
-    exposed_dense_us: float
+    """Of all that is no table; nothing hides it."""
 
     @property
     def total_us(self) -> float:
         compute = self.dense_us + self.memory_us + self.optimizer_us
-        return compute + self.exposed_exchange_us + self.exposed_dense_us
+        return compute + self.exposed_exchange_us + self.copies_us + self.dense_collectives_us
 
 
-def step_time(config: ModelConfig, options: PlanOptions, device: PlanDevice, volume: Volume) -> StepTime:
+def step_time(
+    config: ModelConfig, options: PlanOptions, device: PlanDevice, volume: Volume, copies: Sequence[Collective] = ()
+) -> StepTime:
     """Of one step of `options.accumulate` forwards and backwards on each rank.
 
     Args:
         config: of a model with memory layers.
         options: of the plan.
         device: that every rank is.
-        volume: what one lookup sends, in the placement that it names; of replicas, the gradient of a whole step.
+        volume: what one lookup sends, in the placement that it names.
+        copies: that add up the gradients of one table, once a step.
     """
     costs = {
         each.stage: 1e6 * max(each.total_bytes / device.bytes_per_second, each.flops / device.flops_per_second)
@@ -78,15 +85,17 @@ def step_time(config: ModelConfig, options: PlanOptions, device: PlanDevice, vol
     dense_us = sum(time for stage, time in costs.items() if stage not in MEMORY_STAGES)
     passes = options.accumulate * (1 + options.activation_checkpointing + BACKWARD)
     optimizer_us = 1e6 * optimizer_bytes(config, options, volume.placement) / device.bytes_per_second
-    exchange, dense = _exchange(config, options, device, volume, costs), _dense(config, options, device, costs)
+    exchange = _exchange(config, options, device, volume, costs)
+    group = options.everybody if volume.placement == "replicate" else options.copy_group
+    copies_us = sum(collective_us(each.kind, each.sent_bytes, group, device.links) for each in copies)
     return StepTime(
         dense_us=passes * dense_us,
         memory_us=passes * memory_us,
         optimizer_us=optimizer_us,
         exchange_us=exchange.all_us,
         exposed_exchange_us=exchange.exposed_us,
-        dense_collectives_us=dense.all_us,
-        exposed_dense_us=dense.exposed_us,
+        copies_us=num_tables(config) * copies_us,
+        dense_collectives_us=_dense_collectives_us(config, options, device),
     )
 
 
@@ -113,10 +122,12 @@ def _exchange(
     config: ModelConfig, options: PlanOptions, device: PlanDevice, volume: Volume, costs: dict[str, float]
 ) -> _Collectives:
     """Of all tables."""
+    if volume.placement == "replicate":
+        return _Collectives(0.0, 0.0)
 
     def time_us(phase: Phase, *, travels: bool) -> float:
         return sum(
-            collective_us(each.kind, each.sent_bytes, options, device.links)
+            collective_us(each.kind, each.sent_bytes, options.table_group, device.links)
             for each in volume.collectives
             if (each.phase, each.travels) == (phase, travels)
         )
@@ -124,18 +135,10 @@ def _exchange(
     again = 1 + options.activation_checkpointing
     forward_us, backward_us = again * time_us("forward", travels=True), time_us("backward", travels=True)
     waited_us = again * time_us("forward", travels=False) + time_us("backward", travels=False)
-    if volume.placement == "replicate":  # once a step, beside the last backward
-        all_us = num_tables(config) * waited_us
-        hidden_us = BACKWARD * sum(costs.values()) if options.overlap else 0.0
-        return _Collectives(all_us, max(0.0, all_us - hidden_us))
-    unit = _dense_unit(config, options, device)
     exposed_us = 0.0
     for insertion in config.parsed_insertions:
-        skipped = insertion.target - insertion.source
-        window_us = _window_us(config, insertion, costs) if options.overlap else 0.0
-        forward_room = again * max(0.0, window_us - skipped * unit.gather_us)
-        backward_room = max(0.0, BACKWARD * window_us - skipped * (unit.gather_us + unit.scatter_us))
-        exposed_us += waited_us + max(0.0, forward_us - forward_room) + max(0.0, backward_us - backward_room)
+        room_us = _window_us(config, insertion, costs) if options.overlap else 0.0
+        exposed_us += waited_us + max(0.0, forward_us - again * room_us) + max(0.0, backward_us - BACKWARD * room_us)
     lookups = options.accumulate * len(config.parsed_insertions)
     return _Collectives(lookups * (waited_us + forward_us + backward_us), options.accumulate * exposed_us)
 
@@ -148,34 +151,12 @@ def _window_us(config: ModelConfig, insertion: Insertion, costs: dict[str, float
     return (insertion.target - insertion.source) * attention_us + skipped_mlps * costs["mlp"] / max(1, len(mlps))
 
 
-class _Unit(NamedTuple):
-    """Collectives of a block under FSDP; nothing without."""
-
-    gather_us: float
-    scatter_us: float
-
-
-def _dense_unit(config: ModelConfig, options: PlanOptions, device: PlanDevice) -> _Unit:
-    """Embedding and head are spread over the blocks."""
-    if options.dense != "fsdp":
-        return _Unit(0.0, 0.0)
-    numbers = others_share(dense_parameters(config) // config.num_layers, options.ranks)
-    gather = collective_us("all_gather", options.element_bytes * numbers, options, device.links)
-    return _Unit(gather, collective_us("reduce_scatter", 4 * numbers, options, device.links))
-
-
-def _dense(config: ModelConfig, options: PlanOptions, device: PlanDevice, costs: dict[str, float]) -> _Collectives:
+def _dense_collectives_us(config: ModelConfig, options: PlanOptions, device: PlanDevice) -> float:
     """Of all that is no table."""
-    dense_us = costs["attention"] + costs["mlp"]
-    if options.dense == "replicate":
-        sent = 2 * others_share(4 * dense_parameters(config), options.ranks)
-        all_us = collective_us("all_reduce", sent, options, device.links)
-        return _Collectives(all_us, max(0.0, all_us - (BACKWARD * dense_us if options.overlap else 0.0)))
-    unit, layers = _dense_unit(config, options, device), config.num_layers
-    hidden_us = dense_us / layers if options.overlap else 0.0
-    again = 1 + options.activation_checkpointing
-    # Run again in the backward, a block is gathered once for both.
-    exposed_us = max(0.0, unit.gather_us - hidden_us)
-    exposed_us += max(0.0, unit.gather_us + unit.scatter_us - (BACKWARD + again - 1) * hidden_us)
-    times = options.accumulate * layers
-    return _Collectives(times * (2 * unit.gather_us + unit.scatter_us), times * exposed_us)
+    size, group = 4 * dense_parameters(config), options.everybody
+    share = others_share(size, options.ranks)
+    if options.dense == "fsdp":
+        gather_us = collective_us("all_gather", share, group, device.links)
+        return options.accumulate * gather_us + collective_us("reduce_scatter", share, group, device.links)
+    pieces = -(-size // BUCKET_BYTES)
+    return pieces * collective_us("all_reduce", -(-2 * share // pieces), group, device.links)

@@ -20,13 +20,13 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f"[bold]{plan.name}[/bold] on {options.ranks} x {plan.device.label}, {options.ranks_per_node} to a node: "
         f"{tables} {'tables' if tables > 1 else 'table'} of {memory.table_rows:,} rows of {memory.value_dim},\n"
         f"{options.tokens_per_rank:,} tokens a rank, {options.dtype}, {options.table_optimizer} on "
-        f"{options.table_dtype} tables",
+        f"{options.table_dtype} tables" + (f", {options.table_copies} copies" if options.table_copies > 1 else ""),
         highlight=False,
     )
     console.print(placement_table(plan))
     for sentence in (*plan.choice.reasons, *plan.advice):
         console.print(sentence, highlight=False, soft_wrap=True)
-    if plan.chosen.volume.collectives:
+    if plan.chosen.volume.placement != "replicate":
         console.print(f"\nWhat a rank sends in a lookup: {plan.chosen.volume.label}", highlight=False)
         console.print(collective_table(plan))
     console.print("\nMemory of a rank")
@@ -43,7 +43,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 def placement_table(plan: Plan) -> Table:
     """What every placement would be; the chosen one is marked."""
-    headings = ("sent a step", "in a forward", "in a backward", "memory of a rank", "step", "of it exchange")
+    headings = ("sent a step", "in a forward", "in a backward", "memory of a rank", "step", "waiting for tables")
     table = _table(("", "placement"), headings)
     for each in plan.placements:
         fits = each.memory_bytes <= plan.device.memory_bytes
@@ -55,7 +55,7 @@ def placement_table(plan: Plan) -> Table:
             bytes_text(each.volume.backward_bytes),
             bytes_text(each.memory_bytes) + ("" if fits else ", too much"),
             "-" if each.refused else time_text(each.time.total_us),
-            "-" if each.refused else time_text(each.time.exposed_exchange_us),
+            "-" if each.refused else time_text(each.time.exposed_exchange_us + each.time.copies_us),
         )
     return table
 
@@ -88,11 +88,15 @@ def time_table(plan: Plan) -> Table:
     """Where the step's time goes."""
     time = plan.chosen.time
     table = _table(("part",), ("time", "nothing hides"))
-    table.add_row("attention, MLP, head", time_text(time.dense_us), time_text(time.dense_us))
-    table.add_row("memory layers", time_text(time.memory_us), time_text(time.memory_us))
-    table.add_row("optimiser", time_text(time.optimizer_us), time_text(time.optimizer_us))
-    table.add_row("exchange of tables", time_text(time.exchange_us), time_text(time.exposed_exchange_us))
-    table.add_row("collectives of the rest", time_text(time.dense_collectives_us), time_text(time.exposed_dense_us))
+    for name, all_us, exposed_us in (
+        ("attention, MLP, head", time.dense_us, time.dense_us),
+        ("memory layers", time.memory_us, time.memory_us),
+        ("optimiser", time.optimizer_us, time.optimizer_us),
+        ("exchange of tables", time.exchange_us, time.exposed_exchange_us),
+        ("gradients of copied tables", time.copies_us, time.copies_us),
+        ("dense weights and gradients", time.dense_collectives_us, time.dense_collectives_us),
+    ):
+        table.add_row(name, time_text(all_us), time_text(exposed_us))
     table.add_row("total", "", time_text(time.total_us))
     return table
 

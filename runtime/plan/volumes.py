@@ -1,8 +1,8 @@
 """Bytes that a rank sends to others in one lookup of a sharded table (Appendix D), forward and backward.
 
 Symbols: P ranks, T tokens of the rank, K slots a token, C cores, E blocks, N rows of Dv columns, Dp columns of an input
-row where slots are experts; U distinct rows among the T*K; i, s, r bytes of an index, a score, a number of a row, and
-s', r' of their gradients. A rank's share to itself is not counted. "Others' share" of n things spread evenly over P
+row where slots are experts; U distinct rows among the T*K; i, s, r bytes of an index, a score, a number of a row, s', r'
+of their gradients, and g of a table's. A rank's share to itself is not counted. "Others' share" of n things spread evenly over P
 owners is n - floor(n/P), that is n (P-1)/P.
 
 | placement | forward | backward |
@@ -11,14 +11,15 @@ owners is n - floor(n/P), that is n (P-1)/P.
 | the same, deduplicated | U in the place of TK | U in the place of TK: gradients of one row are added up before |
 | rows, pooled at the owner | all-gather of indices `i TK (P-1)` and scores `s C TK (P-1)`, reduce-scatter of pooled rows `r T E Dv (P-1)` | all-gather of their gradients `r' T E Dv (P-1)`, reduce-scatter of the scores' `s' C TK (P-1)` |
 | columns | all-gather of indices `i TK (P-1)` and scores `s C TK (P-1)`, all-to-all of pooled columns `r T E Dv (P-1)/P` | all-to-all of their gradients `r' T E Dv (P-1)/P`, reduce-scatter of the scores' `s' C TK (P-1)` |
-| replicate | nothing | all-reduce of the gradient `2 r' N Dv (P-1)/P`, or all-gather of touched rows and their numbers `U (r' Dv + i) (P-1)` |
+| replicate | nothing | all-reduce of the gradient `2 g N Dv (P-1)/P`, or all-gather of touched rows and their numbers `U (g Dv + 8) (P-1)` |
 
 | where slots are experts, also | forward | backward |
 | --- | --- | --- |
 | rows | as rows pooled at home, with Dp in the place of Dv | the same |
 | columns | all-to-all of the queries' columns `r T Dp (P-1)/P`, all-gather of indices, reduce-scatter of products `s TK (P-1)` | their gradients the same way back: all-to-all, and all-gather |
 
-Rows at home are asked for after `8 (P-1)` bytes of counts, since a rank cannot know what it is asked for. Where pooling is
+Rows at home are asked for after `8 (P-1)` bytes of counts, since a rank cannot know what it is asked for; touched rows are
+gathered after as many, since ranks touch different numbers of them (and pad to the largest, which is not counted). Where pooling is
 elsewhere an index is that of a virtual row, below N*E, since blocks are pooled apart; at home it is that of a row, below N.
 
 Pooling at the owner answers every token with E whole rows from every rank, so it sends less than rows at home only while
@@ -29,9 +30,13 @@ An all-reduce is counted as a ring's, a reduce-scatter and an all-gather as P-1 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ultramem.runtime.plan.exchange import Collective, LookupShape, Phase, Volume, Wire
+
+ROW_NUMBER_BYTES = 8
+"""Of the number of a row in a sparse gradient."""
 
 
 def others_share(count: int, ranks: int) -> int:
@@ -141,19 +146,35 @@ def replicate(shape: LookupShape, ranks: int, wire: Wire, *, distinct_rows: int 
     Raises:
         ValueError: there are no ranks.
     """
+    widths = (shape.value_dim, *((shape.expert_dim,) if shape.expert_dim else ()))
+    return Volume("replicate", None, added_up(shape.table_rows, widths, ranks, wire, touched_rows=distinct_rows))
+
+
+def added_up(
+    rows: int, widths: Sequence[int], ranks: int, wire: Wire, *, touched_rows: int | None = None
+) -> tuple[Collective, ...]:
+    """What a rank sends where several have the same rows, and add up the gradients of a step.
+
+    Args:
+        rows: that they have.
+        widths: of the rows: of value rows, and of input rows where there are any.
+        ranks: that have them.
+        wire: bytes of what is sent.
+        touched_rows: that a rank has a gradient of; None: the gradient is dense.
+
+    Raises:
+        ValueError: there are no ranks.
+    """
     _require_ranks(ranks)
-    width = shape.value_dim + shape.expert_dim
-    if distinct_rows is None:
-        dense = 2 * others_share(shape.table_rows * width * wire.gradient_bytes, ranks)
-        return Volume("replicate", None, _sent(("backward", "all_reduce", "gradient of the table", dense)))
-    touched = distinct_rows * (ranks - 1)
-    return Volume(
-        "replicate",
-        None,
-        _sent(
-            ("backward", "all_gather", "numbers of touched rows", touched * wire.index_bytes_for(shape)),
-            ("backward", "all_gather", "gradients of touched rows", touched * width * wire.gradient_bytes),
-        ),
+    size = wire.replica_gradient_bytes
+    if touched_rows is None:
+        dense = 2 * sum(others_share(rows * width * size, ranks) for width in widths)
+        return _sent(("backward", "all_reduce", "gradient of the table", dense))
+    others = ranks - 1
+    return _sent(
+        ("backward", "all_gather", "counts of touched rows", others * len(widths) * wire.count_bytes),
+        ("backward", "all_gather", "numbers of touched rows", others * len(widths) * touched_rows * ROW_NUMBER_BYTES),
+        ("backward", "all_gather", "gradients of touched rows", others * sum(widths) * touched_rows * size),
     )
 
 

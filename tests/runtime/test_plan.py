@@ -138,6 +138,25 @@ def test_advice_is_given_where_it_applies():
     assert any("in the open" in each for each in by_rows.advice)
     assert any(each.startswith("Deduplication saves") for each in by_rows.advice)
     assert not any("in the open" in each for each in planned(ranks=8).advice)
+    assert any(each.startswith("Around forward and backward a rank waits") for each in planned(ranks=1024).advice)
+
+
+def test_an_accumulator_a_row_keeps_columns_together():
+    plan = planned(table_optimizer="row_adagrad")
+    assert plan.chosen.volume.placement == "rows"
+    assert any(reason.startswith("Columns are not possible: row_adagrad") for reason in plan.choice.reasons)
+    with pytest.raises(ValueError, match=r"placement must not be 'columns' here\. Columns are not possible: row"):
+        planned(table_optimizer="row_adagrad", placement="columns")
+
+
+def test_copies_send_less_in_a_lookup_and_their_gradients_besides(capsys):
+    one, four = (document(capsys, *LARGE, "--ranks", "64", "--table-copies", copies) for copies in ("1", "4"))
+    cut, copied = one["placements"][1], four["placements"][1]
+    assert copied["lookup_forward_bytes"] < cut["lookup_forward_bytes"]
+    assert cut["copies"] == []
+    assert copied["memory_bytes"]["table weights"] == 4 * cut["memory_bytes"]["table weights"]
+    lookups = copied["lookup_forward_bytes"] + copied["lookup_backward_bytes"]
+    assert copied["step_bytes"] == 6 * (lookups + sum(each["sent_bytes"] for each in copied["copies"]))
 
 
 def test_the_figure_shows_where_volumes_cross(capsys, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from kept import kept_for_backward
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -21,6 +22,8 @@ from ultramem.config.pkm import PKM_SWITCHES
 from ultramem.graph import sharded_table
 from ultramem.graph.table_shard import TableShard
 from ultramem.ops.exchange import ALL_TO_ALL
+from ultramem.runtime.distributed.gradients import reduce_gradients
+from ultramem.runtime.distributed.ranks import Ranks
 from ultramem.runtime.plan import Wire, columns, lookup_shape, replicate, rows_at_home, rows_at_owner
 from ultramem.runtime.plan.count_bytes import CountBytes
 from ultramem.runtime.plan.exchange_memory import kept_bytes
@@ -216,15 +219,24 @@ def test_memory_that_an_exchange_keeps(mesh, asked, placement):
     assert part - whole == pytest.approx(counted, abs=64)
 
 
-def test_replicas(mesh):
-    """The gradient of a table, dense, and of touched rows."""
-    ranks = mesh.size()
-    shape = replace(shape_of(NARROW), table_rows=4096, value_dim=4)
-    gradient_NV = torch.ones(shape.table_rows, 4, dtype=torch.bfloat16)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_that_replicas_add_up(mesh, sparse, monkeypatch):
+    """What training does after a backward with a table on every rank, as if all had touched as many rows."""
+    shape = replace(shape_of(NARROW), table_rows=256, value_dim=4)
+    table = nn.Module()
+    table.rows = nn.Parameter(torch.zeros(256, 4))
+    rows_U = torch.arange(0, 256, 8)
+    gradient = torch.sparse_coo_tensor(rows_U[None], torch.ones(32, 4), (256, 4), check_invariants=False)
+    table.rows.grad = gradient.coalesce() if sparse else torch.ones(256, 4)
+    gather = dist.all_gather_into_tensor
+
+    def counts_as_here(output, sent, group):
+        gather(output, sent, group=group)
+        if not sent.is_floating_point():
+            output.copy_(sent.repeat(group.size()))
+
+    monkeypatch.setattr(dist, "all_gather_into_tensor", counts_as_here)
+    ranks = Ranks(size=mesh.size(), mesh=init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("copies", "shards")))
     with CountBytes() as count:
-        dist.all_reduce(gradient_NV)
-        assert count.by_kind() == formula(replicate(shape, ranks, Wire()))[1]
-        count.take()
-        dist.all_gather_into_tensor(torch.empty(ranks * 32, dtype=torch.int32), torch.ones(32, dtype=torch.int32))
-        dist.all_gather_into_tensor(torch.empty(ranks * 32, 4, dtype=torch.bfloat16), gradient_NV[:32])
-    assert count.by_kind() == formula(replicate(shape, ranks, Wire(), distinct_rows=32))[1]
+        reduce_gradients(table, ranks)
+    assert count.by_kind() == formula(replicate(shape, mesh.size(), Wire(), distinct_rows=32 if sparse else None))[1]

@@ -68,7 +68,7 @@ def test_a_table_that_fits_may_be_replicated():
     assert chosen(**fits).placement != "replicate"  # 3.2 M rows: their dense gradient is more than the exchange
     assert chosen(training=False, **fits).placement == "replicate"  # nothing is sent without gradients
     touched = chosen(**fits, touched_rows=1000)
-    assert touched.candidates[0].volume.total_bytes == 1000 * (1024 * 2 + 4) * 63
+    assert touched.candidates[0].volume.total_bytes == (1000 * (1024 * 4 + 8) + 8) * 63
     unknown = chosen(small, replica_bytes=10**6, free_bytes=None)
     assert unknown.placement != "replicate"
     assert "nobody says what a rank has" in unknown.reasons[0]
@@ -81,6 +81,26 @@ def test_replicas_reduce_once_a_step_where_lookups_exchange_each_time():
     assert (once.placement, often.placement) == ("columns", "replicate")
     assert often.candidates[0].step_bytes == once.candidates[0].step_bytes
     assert often.candidates[1].step_bytes == 64 * once.candidates[1].step_bytes
+
+
+def test_copies_of_a_cut_table_add_up_their_gradients():
+    """A rank of 8 sends its rows' (or columns') gradients to three others that have them; lookups send the same."""
+    one, four = chosen(ranks=8), chosen(ranks=8, copies=4, group_touched_rows=80_000)
+    for alone, copied in zip(one.candidates[1:], four.candidates[1:], strict=True):
+        assert copied.volume == alone.volume
+        rows, width = (80_000, 128) if copied.volume.placement == "columns" else (10_000, 1024)
+        added = 3 * (8 + rows * (8 + 4 * width))
+        assert copied.step_bytes - alone.step_bytes == sum(each.sent_bytes for each in copied.copies) == added
+    dense = chosen(ranks=8, copies=4).candidates[1].copies
+    assert [each.sent_bytes for each in dense] == [2 * SHAPE.table_rows * 128 * 4 * 3 // 4]
+    assert chosen(ranks=8, copies=4, training=False).candidates[1].copies == ()
+    assert one.candidates[0].volume.total_bytes < four.candidates[0].volume.total_bytes  # replicas are on all ranks
+
+
+def test_callers_may_rule_a_placement_out():
+    choice = chosen(ruled_out={"columns": "Columns are not possible today."})
+    assert choice.placement == "rows"
+    assert "Columns are not possible today." in choice.reasons
 
 
 def test_one_rank_has_the_whole_table():

@@ -11,7 +11,8 @@ import pytest
 from ultramem import preset
 from ultramem.runtime.plan import Wire, columns, lookup_shape, replicate, rows_at_home
 from ultramem.runtime.plan.memory import dense_parameters
-from ultramem.runtime.plan.options import PlanOptions
+from ultramem.runtime.plan.options import Group, PlanOptions
+from ultramem.runtime.plan.placement import part_added_up
 from ultramem.runtime.plan.plan_devices import (
     MEASURED_BYTES_PER_SECOND,
     MEASURED_FLOPS_PER_SECOND,
@@ -50,7 +51,7 @@ def time_of(volume_of, **changes):
 
 def test_a_node_talks_over_its_own_links():
     """8 ranks of one node: an all-to-all is one step, a ring takes 7, an all-reduce 14."""
-    one_node = options(ranks=8)
+    one_node = Group(8, 8)
     assert collective_us("all_to_all", 4 * 10**8, one_node, LINKS) == pytest.approx(8 + 3 + 1000)
     assert collective_us("all_gather", 4 * 10**8, one_node, LINKS) == pytest.approx(8 + 7 * 3 + 1000)
     assert collective_us("all_reduce", 4 * 10**8, one_node, LINKS) == pytest.approx(8 + 14 * 3 + 1000)
@@ -58,15 +59,30 @@ def test_a_node_talks_over_its_own_links():
 
 def test_across_nodes_the_network_binds():
     """64 ranks of 8: 56 of 63 parts of an all-to-all cross the network; a ring crosses 7 times, over 8 links."""
-    assert collective_us("all_to_all", 63 * 10**6, options(), LINKS) == pytest.approx(8 + 14 + 56e6 / 50e9 * 1e6)
-    assert collective_us("reduce_scatter", 4 * 10**8, options(), LINKS) == pytest.approx(8 + 56 * 3 + 7 * 14 + 1000)
-    alone = options(ranks_per_node=1)
-    assert collective_us("all_gather", 5 * 10**7, alone, LINKS) == pytest.approx(8 + 63 * 14 + 1000)
+    assert collective_us("all_to_all", 63 * 10**6, Group(64, 8), LINKS) == pytest.approx(8 + 14 + 56e6 / 50e9 * 1e6)
+    assert collective_us("reduce_scatter", 4 * 10**8, Group(64, 8), LINKS) == pytest.approx(8 + 56 * 3 + 7 * 14 + 1000)
+    assert collective_us("all_gather", 5 * 10**7, Group(64, 1), LINKS) == pytest.approx(8 + 63 * 14 + 1000)
+
+
+def test_copies_of_a_table_are_neighbours_and_their_parts_are_not():
+    """64 ranks on nodes of 8: a copy a node, a copy on two nodes, two copies a node."""
+    for copies, table, parts in (
+        (8, (8, 8), (8, 1)),
+        (4, (16, 8), (4, 1)),
+        (16, (4, 4), (16, 2)),
+        (1, (64, 8), (1, 1)),
+    ):
+        chosen = options(table_copies=copies)
+        assert (chosen.table_group, chosen.copy_group) == (table, parts)
+    with pytest.raises(ValueError, match=r"table_copies must divide the 64 ranks, got 3"):
+        options(table_copies=3)
+    with pytest.raises(ValueError, match=r"table_copies must give each copy whole nodes of 8 ranks or an equal part"):
+        options(ranks=48, table_copies=4)
 
 
 def test_nothing_sent_takes_no_time():
-    assert collective_us("all_gather", 0, options(), LINKS) == 0
-    assert collective_us("all_gather", 10, options(ranks=1), LINKS) == 0
+    assert collective_us("all_gather", 0, Group(64, 8), LINKS) == 0
+    assert collective_us("all_gather", 10, Group(1, 1), LINKS) == 0
 
 
 def test_compute_is_three_forwards():
@@ -99,7 +115,7 @@ def test_what_travels_is_hidden_by_skipped_layers():
     assert bare.exposed_exchange_us == pytest.approx(bare.exchange_us)
     assert 0 < hidden.exposed_exchange_us < bare.exposed_exchange_us
     assert hidden.exchange_us == bare.exchange_us
-    assert bare.exposed_dense_us == pytest.approx(bare.dense_collectives_us)
+    assert bare.dense_collectives_us == hidden.dense_collectives_us
 
     chosen = options()
     close = dataclasses.replace(CONFIG, insertions="7:7/12:12/17:17/22:22/27:27/32:32")
@@ -114,7 +130,7 @@ def test_numbers_and_scores_are_waited_for():
     waited = [each for each in volume.collectives if not each.travels]
     assert [each.payload for each in waited] == ["indices", "scores", "gradients of scores"]
     time = step_time(CONFIG, chosen, DEVICE, volume)
-    waited_us = sum(collective_us(each.kind, each.sent_bytes, chosen, LINKS) for each in waited)
+    waited_us = sum(collective_us(each.kind, each.sent_bytes, chosen.table_group, LINKS) for each in waited)
     assert time.exposed_exchange_us == pytest.approx(6 * waited_us)
     assert time.exchange_us > time.exposed_exchange_us
 
@@ -122,17 +138,38 @@ def test_numbers_and_scores_are_waited_for():
 def test_a_step_is_the_sum_of_what_nothing_hides():
     time = time_of(rows_at_home)
     compute = time.dense_us + time.memory_us + time.optimizer_us
-    assert time.total_us == compute + time.exposed_exchange_us + time.exposed_dense_us
+    assert time.total_us == compute + time.exposed_exchange_us + time.copies_us + time.dense_collectives_us
     assert time.total_us < compute + time.exchange_us + time.dense_collectives_us
 
 
-def test_replicas_reduce_once_a_step():
-    once, twice = (time_of(replicate, accumulate=times) for times in (1, 2))
-    assert once.exchange_us == twice.exchange_us > 0
+def test_copies_add_up_once_a_step():
+    """Replicas all of a table, copies their part: table by table, after all micro-batches."""
+    chosen = options(accumulate=3)
+    volume = replicate(shape_of(chosen), 64, chosen.wire)
+    time = step_time(CONFIG, chosen, DEVICE, volume, volume.collectives)
+    (one,) = volume.collectives
+    assert time.copies_us == pytest.approx(6 * collective_us("all_reduce", one.sent_bytes, Group(64, 8), LINKS))
+    assert time.exchange_us == 0
     assert time_of(columns, accumulate=2).exchange_us == pytest.approx(2 * time_of(columns).exchange_us)
-    dense = time_of(columns, dense="replicate")
-    sent = 2 * (4 * dense_parameters(CONFIG) - 4 * dense_parameters(CONFIG) // 64)
-    assert dense.dense_collectives_us == pytest.approx(collective_us("all_reduce", sent, options(), LINKS))
+
+    chosen = options(table_copies=8)
+    shape = shape_of(chosen)
+    copies = part_added_up(shape, "columns", 8, 8, chosen.wire, 10**5)
+    time = step_time(CONFIG, chosen, DEVICE, columns(shape, 8, chosen.wire), copies)
+    expected_us = sum(collective_us(each.kind, each.sent_bytes, Group(8, 1), LINKS) for each in copies)
+    assert time.copies_us == pytest.approx(6 * expected_us)
+
+
+def test_dense_weights_are_gathered_for_each_forward_and_gradients_reduced_once():
+    size, group = 4 * dense_parameters(CONFIG), Group(64, 8)
+    share = size - size // 64
+    gather, scatter = (collective_us(kind, share, group, LINKS) for kind in ("all_gather", "reduce_scatter"))
+    assert time_of(columns, accumulate=3).dense_collectives_us == pytest.approx(3 * gather + scatter)
+    pieces = -(-size // 2**25)
+    whole = collective_us("all_reduce", 2 * share, group, LINKS)
+    latency = collective_us("all_reduce", 1, group, LINKS)
+    copied = time_of(columns, dense="replicate", accumulate=3).dense_collectives_us
+    assert copied == pytest.approx(whole + (pieces - 1) * latency, rel=1e-5)
 
 
 def test_one_rank_waits_for_nobody():

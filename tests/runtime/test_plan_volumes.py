@@ -77,13 +77,20 @@ def test_columns_send_less_than_rows_pooled_at_their_owner():
 
 
 def test_replicas_send_their_gradient_alone():
-    dense = replicate(SMALL, 4, Wire(gradient_bytes=4))
+    dense = replicate(SMALL, 4, Wire())
     assert dense.forward_bytes == 0
     assert dense.total_bytes == 2 * 1000 * 16 * 4 * 3 // 4
-    touched = replicate(SMALL, 4, Wire(gradient_bytes=4), distinct_rows=40)
-    assert parts(touched, "backward") == {
-        "numbers of touched rows": 40 * 3 * 4,
-        "gradients of touched rows": 40 * 16 * 3 * 4,
+    half = replicate(SMALL, 4, Wire(replica_gradient_bytes=2), distinct_rows=40)
+    assert parts(half, "backward") == {
+        "counts of touched rows": 24,
+        "numbers of touched rows": 40 * 3 * 8,
+        "gradients of touched rows": 40 * 16 * 3 * 2,
+    }
+    experts = replicate(dataclasses.replace(SMALL, expert_dim=8), 4, Wire(), distinct_rows=40)
+    assert parts(experts, "backward") == {
+        "counts of touched rows": 48,
+        "numbers of touched rows": 2 * 40 * 3 * 8,
+        "gradients of touched rows": 40 * 24 * 3 * 4,
     }
 
 
