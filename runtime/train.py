@@ -26,7 +26,7 @@ from ultramem.runtime.best import Best, load_best, read_best, save_best
 from ultramem.runtime.checkpoint import save_checkpoint, state_tensors
 from ultramem.runtime.data import Batch, Corpus, Documents, Stream, evaluation_batches, training_batch
 from ultramem.runtime.determinism import deterministic_algorithms
-from ultramem.runtime.distributed import ALONE, Ranks, ShardedLoss, require_agreement
+from ultramem.runtime.distributed import ALONE, Ranks, ShardedLoss, balance_together, require_agreement
 from ultramem.runtime.distributed.checkpoint import load_newest, save_sharded, whole_state
 from ultramem.runtime.evaluate import Evaluation, evaluate, make_summed_loss
 from ultramem.runtime.health import MemoryHealth
@@ -143,7 +143,8 @@ class _Trainer:
             json.dumps(describe(model_config, config, corpus), sort_keys=True).encode()
         ).hexdigest()
         torch.manual_seed(config.seed)
-        self.model = build_model(model_config, device=device, shard=ranks.table_shard())
+        self.model = build_model(model_config, device=device, shard=ranks.table_shard(), experts=ranks.expert_shard())
+        balance_together(self.model, ranks)
         self.health_every = config.eval_every if config.health_every is None else config.health_every
         self.health = MemoryHealth(self.model, ranks) if self.health_every else None
         loss = make_train_loss(self.model, config)

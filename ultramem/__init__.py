@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ultramem.config import MemoryConfig, ModelConfig, MoEConfig, TrainConfig
+from ultramem.config import MemoryConfig, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
 from ultramem.counts import Counts, count
 from ultramem.presets import preset, preset_training, presets
 
@@ -41,6 +41,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "ModelOutput",
+    "ParallelConfig",
     "TrainConfig",
     "Transformer",
     "UltraMemLayer",

@@ -2,7 +2,16 @@
 
 from ultramem.runtime.distributed.agreement import require_agreement
 from ultramem.runtime.distributed.gradients import reduce_gradients
-from ultramem.runtime.distributed.ranks import ALONE, LostRankError, Ranks, join_ranks
+from ultramem.runtime.distributed.ranks import ALONE, LostRankError, Ranks, balance_together, join_ranks
 from ultramem.runtime.distributed.sharded_loss import ShardedLoss
 
-__all__ = ["ALONE", "LostRankError", "Ranks", "ShardedLoss", "join_ranks", "reduce_gradients", "require_agreement"]
+__all__ = [
+    "ALONE",
+    "LostRankError",
+    "Ranks",
+    "ShardedLoss",
+    "balance_together",
+    "join_ranks",
+    "reduce_gradients",
+    "require_agreement",
+]

@@ -19,9 +19,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.distributed.tensor import DTensor
 
-from ultramem.graph.sharded_table import ShardedValueTable
+from ultramem.graph.sharded_module import Part, parts_of
 from ultramem.graph.sharded_weights import read_parts, shapes_in
-from ultramem.graph.table_shard import TableShard
 from ultramem.graph.weights import write_atomically
 from ultramem.optim import TableOptimizer
 from ultramem.runtime.checkpoint import ONE_FILE, PARTS, keep_newest, newest_record
@@ -32,35 +31,25 @@ def whole_state(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], others: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """All that a run goes on from, by name; what ranks hold parts of are DTensors. Nothing is copied."""
-    owners = _owners(model)
+    parts = parts_of(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for optimizer in optimizers:
         for parameter, tensors in optimizer.state.items():
             name = names[id(parameter)]
             for key, tensor in tensors.items():
-                if name in owners:
-                    tensor = _as_whole(tensor, parameter, *owners[name])
+                if name in parts:
+                    tensor = _as_whole(tensor, parts[name])
                 state[f"optimizer.{name}/{key}"] = tensor
     return state | {f"other.{name}": tensor for name, tensor in others.items()}
 
 
-def _owners(model: nn.Module) -> dict[str, tuple[TableShard, tuple[int, int]]]:
-    """How the parameters of cut tables are cut, by name, and the shape of the whole."""
-    return {
-        f"{prefix}.{name}": (module.shard, shape)
-        for prefix, module in model.named_modules()
-        if isinstance(module, ShardedValueTable)
-        for name, shape in module.whole_shapes.items()
-    }
-
-
-def _as_whole(tensor: Tensor, parameter: Tensor, shard: TableShard, shape: tuple[int, int]) -> Tensor:
-    """State of a cut table: as wide as its rows, or a number a row, or one for all."""
-    if tensor.shape == parameter.shape:
-        return shard.as_dtensor(tensor, shape)
-    if tensor.shape == parameter.shape[:1] and shard.placement == "rows":
-        return shard.as_dtensor(tensor, shape[:1])
+def _as_whole(tensor: Tensor, part: Part) -> Tensor:
+    """State of a part: of its shape, or a number a row, or one for all."""
+    if tensor.shape == part.parameter.shape:
+        return part.shard.as_dtensor(tensor, part.shape)
+    if tensor.shape == part.parameter.shape[:1] and part.shard.placement == "rows":
+        return part.shard.as_dtensor(tensor, part.shape[:1])
     return tensor
 
 

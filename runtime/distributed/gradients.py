@@ -1,7 +1,7 @@
 """Gradients of a step, added up over the ranks whose tokens they come from, and clipped by their global norm.
 
-Every rank's loss is its share of the mean, so gradients add up. Those of a cut table have been added up on the way back
-of the exchange; its copies, and all that is whole on every rank, are added up here.
+Every rank's loss is its share of the mean, so gradients add up. Those of a cut table, or of experts on one rank, have
+been added up on the way back of the exchange; copies, and all that is whole on every rank, are added up here.
 
 Shapes: N rows, D columns, U touched rows.
 """
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ultramem.graph.sharded_table import ShardedValueTable
+from ultramem.graph.sharded_module import parts_of
 from ultramem.optim import clip_grad_norm_
 from ultramem.optim.sparse_gradient import coalesced
 from ultramem.runtime.distributed.ranks import Ranks
@@ -86,12 +86,7 @@ def clip_gradients(model: nn.Module, ranks: Ranks, max_norm: float, sums: Tensor
 
 
 def _cut_parameters(model: nn.Module) -> set[int]:
-    return {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, ShardedValueTable)
-        for parameter in module.parameters()
-    }
+    return {id(part.parameter) for part in parts_of(model).values()}
 
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterable[list[Tensor]]:

@@ -11,11 +11,13 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ultramem.config import ParallelConfig
+from ultramem.graph.moe import MoE
 from ultramem.graph.table_shard import TableShard
+from ultramem.ops.exchange import ALL_REDUCE, Way
 
 T = TypeVar("T")
 
@@ -64,6 +66,12 @@ class Ranks:
             exchange_dtype=torch.bfloat16 if self.parallel.exchange_dtype == "bfloat16" else None,
         )
 
+    def expert_shard(self) -> TableShard | None:
+        """The ranks over which experts are spread; None: all have all."""
+        if self.mesh is None or not self.parallel.expert_parallel:
+            return None
+        return TableShard(placement="rows", mesh=self.mesh)
+
     def part_of(self, batch: Tensor) -> Tensor:
         """This rank's part of a batch that all ranks have."""
         return batch.chunk(self.size)[self.rank] if self.size > 1 else batch
@@ -101,6 +109,15 @@ class Ranks:
         """Until all ranks are here."""
         if self.size > 1:
             dist.barrier()
+
+
+def balance_together(model: nn.Module, ranks: Ranks) -> None:
+    """Have mixtures of experts balance the choices of all ranks' tokens."""
+    if ranks.size > 1:
+        assert dist.group.WORLD is not None
+        for module in model.modules():
+            if isinstance(module, MoE):
+                module.batch_ranks = Way(ALL_REDUCE, dist.group.WORLD.group_name, ranks.size)
 
 
 _ERRORS: dict[str, type[Exception]] = {

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from ultramem.graph.sharded_module import parts_of
 from ultramem.graph.value_table import ValueTable
 from ultramem.runtime.distributed.ranks import Ranks
 
@@ -15,7 +16,7 @@ Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class ShardedLoss(nn.Module):
-    """`loss` of `model`, whose weights other than value tables are cut over all ranks between two calls.
+    """`loss` of `model`, whose weights are cut over all ranks between two calls; not value tables and spread experts.
 
     They are one unit: gathered before the loss, kept for its backward, and cut again. A compiler then sees one graph
     of plain tensors. Gradients add up over ranks, as elsewhere, and are reduced after the last micro-batch.
@@ -32,6 +33,7 @@ class ShardedLoss(nn.Module):
             if isinstance(module, ValueTable)
             for parameter in module.parameters()
         }
+        tables |= {part.parameter for part in parts_of(model).values()}
         fully_shard(self, mesh=ranks.mesh._flatten("ranks"), ignored_params=tables)
         unit = self._unit()
         unit.set_gradient_divide_factor(1.0)

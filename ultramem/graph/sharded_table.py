@@ -7,14 +7,14 @@ reads, R rows that all ranks ask of this one.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from ultramem import ops
 from ultramem.config import MemoryConfig
+from ultramem.graph.sharded_module import draw_part_, keep_state_whole
 from ultramem.graph.table_shard import TableShard
 from ultramem.graph.value_table import ValueTable, pool_rows
 from ultramem.ops.exchange import ALL_GATHER, ALL_TO_ALL, REDUCE_SCATTER, Flight, Way, arrive, exchange, start
@@ -61,13 +61,12 @@ class ShardedValueTable(ValueTable):
         self.cores_of_pieces = [
             (shard.rank * width + start) // core for start in range(0, width, math.gcd(core, width))
         ]
-        self.register_state_dict_post_hook(_as_dtensors)
-        self.register_load_state_dict_pre_hook(_to_local)
+        keep_state_whole(self)
 
     @property
-    def whole_shapes(self) -> dict[str, tuple[int, int]]:
+    def whole_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the whole tables, by parameter."""
-        shapes = {"values_NV": (self.rows, self.value_dim)}
+        shapes: dict[str, tuple[int, ...]] = {"values_NV": (self.rows, self.value_dim)}
         if self.expert_dim:
             shapes["experts_NP"] = (self.rows, self.expert_dim)
         return shapes
@@ -128,18 +127,8 @@ class ShardedValueTable(ValueTable):
     def draw_(self, *, values_std: float, experts_std: float) -> None:
         """Fill the rows with the normal numbers that the whole table would have, of which only this part is kept."""
         for name, std in (("values_NV", values_std), ("experts_NP", experts_std)):
-            part = getattr(self, name)
-            if part is None:
-                continue
-            rows, columns = self.whole_shapes[name]
-            kept_rows, kept_columns = self.shard.slices(rows, columns)
-            for begin, end in _chunks(rows, columns):
-                chunk = torch.empty(end - begin, columns, dtype=part.dtype, device=part.device).normal_(std=std)
-                first, last = max(begin, kept_rows.start), min(end, kept_rows.stop)
-                if first < last:
-                    part[first - kept_rows.start : last - kept_rows.start] = chunk[
-                        first - begin : last - begin, kept_columns
-                    ]
+            if name in self.whole_shapes:
+                draw_part_(getattr(self, name), self.whole_shapes[name], self.shard, std=std)
 
     def ask_for(self, indices_TK: Tensor) -> None:
         raise NotImplementedError("rows of a sharded table are not mapped from a file")
@@ -223,30 +212,3 @@ class ShardedValueTable(ValueTable):
 def make_table(config: MemoryConfig, shard: TableShard | None) -> ValueTable:
     """A table, or this process's part of one."""
     return ValueTable(config) if shard is None else ShardedValueTable(config, shard)
-
-
-_CHUNK_ELEMENTS = 2**22
-_DRAWN_AT_ONCE = 16  # normal numbers that PyTorch draws together on a CPU
-
-
-def _chunks(rows: int, columns: int) -> list[tuple[int, int]]:
-    """Rows to draw at a time, so that the generator gives what it would give for all of them at once."""
-    step = max(1, _CHUNK_ELEMENTS // columns // _DRAWN_AT_ONCE) * _DRAWN_AT_ONCE
-    starts = list(range(0, rows, step))
-    if len(starts) > 1 and (rows - starts[-1]) * columns < _DRAWN_AT_ONCE:
-        starts.pop()
-    return list(zip(starts, [*starts[1:], rows], strict=True))
-
-
-def _as_dtensors(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    assert isinstance(module, ShardedValueTable)
-    for name, shape in module.whole_shapes.items():
-        state[prefix + name] = module.shard.as_dtensor(state[prefix + name], shape)
-
-
-def _to_local(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    assert isinstance(module, ShardedValueTable)
-    for name in module.whole_shapes:
-        tensor = state.get(prefix + name)
-        if isinstance(tensor, DTensor):
-            state[prefix + name] = tensor.to_local()

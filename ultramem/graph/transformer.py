@@ -18,6 +18,7 @@ from ultramem.config import ModelConfig
 from ultramem.graph.init import init_linear, init_table
 from ultramem.graph.memory_layer import UltraMemLayer
 from ultramem.graph.moe import MoE, MoEOutput
+from ultramem.graph.sharded_moe import ShardedMoE
 from ultramem.graph.sharded_table import ShardedValueTable, make_table
 from ultramem.graph.static_cache import StaticCache
 from ultramem.graph.table_shard import TableShard
@@ -108,32 +109,38 @@ class MLP(nn.Module):
         return output
 
 
-def _make_mlp(config: ModelConfig, number: int) -> MLP | MoE | None:
+def _make_mlp(config: ModelConfig, number: int, experts: TableShard | None) -> MLP | MoE | None:
     """What the 1-based layer `number` has beside attention; None where a memory layer stands in its place."""
     if number in config.layers_without_mlp:
         return None
-    return MLP(config) if config.moe is None else MoE(config.moe, config.hidden_size, config.inner_size)
+    if config.moe is None:
+        return MLP(config)
+    sizes = config.moe, config.hidden_size, config.inner_size
+    return MoE(*sizes) if experts is None else ShardedMoE(*sizes, experts)
 
 
 class Block(nn.Module):
     """Attention, then MLP or experts, each behind its LayerNorm."""
 
-    def __init__(self, config: ModelConfig, number: int) -> None:
+    def __init__(self, config: ModelConfig, number: int, experts: TableShard | None) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, bias=False)
         self.attention = Attention(config, number - 1)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, bias=False)
-        self.mlp = _make_mlp(config, number)
+        self.mlp = _make_mlp(config, number, experts)
 
 
 class Transformer(nn.Module):
-    """The decoder of `ModelConfig`; with a `shard`, of its value tables this process holds a part."""
+    """The decoder of `ModelConfig`.
 
-    def __init__(self, config: ModelConfig, shard: TableShard | None = None) -> None:
+    With a `shard`, this process holds a part of its value tables; with `experts`, some of the experts of a mixture.
+    """
+
+    def __init__(self, config: ModelConfig, shard: TableShard | None = None, experts: TableShard | None = None) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, number) for number in range(1, config.num_layers + 1))
+        self.blocks = nn.ModuleList(Block(config, number, experts) for number in range(1, config.num_layers + 1))
         shares = config.memory is not None and config.memory.table != "own"
         self.memories = nn.ModuleList(
             UltraMemLayer(config.memory, index=index, own_table=not shares, shard=shard)
@@ -300,6 +307,7 @@ def build_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     shard: TableShard | None = None,
+    experts: TableShard | None = None,
 ) -> Transformer:
     """The model of `config` with fresh weights (none on the meta device).
 
@@ -309,6 +317,7 @@ def build_model(
         dtype: of the weights; None: float32.
         shard: the part of the value tables that this process holds; None: all of them. No process ever makes a whole
             table, and together they have the numbers that one would have.
+        experts: a shard by rows, over whose ranks the experts of mixtures are spread; None: all are here.
 
     Raises:
         TypeError: config is not a ModelConfig.
@@ -316,8 +325,8 @@ def build_model(
     if not isinstance(config, ModelConfig):
         raise TypeError(f"config must be a ModelConfig (see ultramem.preset), got {type(config).__name__}")
     if device is None:
-        model = Transformer(config, shard)
+        model = Transformer(config, shard, experts)
     else:
         with torch.device(device):
-            model = Transformer(config, shard)
+            model = Transformer(config, shard, experts)
     return model if dtype is None else model.to(dtype)

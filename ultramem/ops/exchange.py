@@ -16,8 +16,8 @@ import torch
 import torch.distributed._functional_collectives  # registers the operators
 from torch import Tensor
 
-ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER = "all_to_all", "all_gather", "reduce_scatter"
-_REVERSE = {ALL_TO_ALL: ALL_TO_ALL, ALL_GATHER: REDUCE_SCATTER, REDUCE_SCATTER: ALL_GATHER}
+ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all_to_all", "all_gather", "reduce_scatter", "all_reduce"
+_REVERSE = {ALL_TO_ALL: ALL_TO_ALL, ALL_GATHER: REDUCE_SCATTER, REDUCE_SCATTER: ALL_GATHER, ALL_REDUCE: ALL_REDUCE}
 
 
 class Way(NamedTuple):
@@ -52,7 +52,8 @@ def start(tensor: Tensor, way: Way) -> Flight:
     """Start the exchange of `tensor` along its first dimension; its gradient comes back in `arrive`'s backward.
 
     An all-gather [R,...] gives [P*R,...] in the order of ranks. A reduce-scatter [P*R,...] gives the sum of every
-    rank's part [R,...]. An all-to-all sends `send[p]` rows to rank p and receives `receive[p]` from it.
+    rank's part [R,...]; an all-reduce that of [R,...]. An all-to-all sends `send[p]` rows to rank p and receives
+    `receive[p]` from it.
     """
     sent = tensor.contiguous()
     if sent.is_floating_point():
@@ -79,6 +80,8 @@ def _launch(tensor: Tensor, way: Way) -> Tensor:
         launched: Tensor = collectives.all_gather_into_tensor(tensor, way.size, way.group)
     elif way.kind == REDUCE_SCATTER:
         launched = collectives.reduce_scatter_tensor(tensor, "sum", way.size, way.group)
+    elif way.kind == ALL_REDUCE:
+        launched = collectives.all_reduce(tensor, "sum", way.group)
     else:
         equal = [tensor.shape[0] // way.size] * way.size
         launched = collectives.all_to_all_single(tensor, way.receive or equal, way.send or equal, way.group)
@@ -115,4 +118,4 @@ class _Arrive(torch.autograd.Function):
         return None, _launch(grad.contiguous(), ctx.way), *(None,) * len(Way._fields)
 
 
-__all__ = ["ALL_GATHER", "ALL_TO_ALL", "REDUCE_SCATTER", "Flight", "Way", "arrive", "exchange", "start"]
+__all__ = ["ALL_GATHER", "ALL_REDUCE", "ALL_TO_ALL", "REDUCE_SCATTER", "Flight", "Way", "arrive", "exchange", "start"]
