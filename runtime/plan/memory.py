@@ -134,15 +134,13 @@ def dense_parameters(config: ModelConfig) -> int:
 
 
 def require_memory(config: ModelConfig) -> MemoryConfig:
-    """The memory layers of a model that has them and no mixtures of experts.
+    """The memory layers of a model that has them.
 
     Raises:
-        ValueError: it has none, or experts.
+        ValueError: it has none.
     """
     if config.memory is None:
         raise ValueError("memory must not be None: a model without memory layers has no table to place")
-    if config.moe is not None:
-        raise ValueError(f"moe must be None, got {config.moe.num_experts} experts, which are not planned for")
     return config.memory
 
 

@@ -52,6 +52,7 @@ def choose_placement(
     group_touched_rows: int | None = None,
     lookups: int = 1,
     training: bool = True,
+    pool: Pooling | None = None,
     ruled_out: Mapping[Placement, str] | None = None,
 ) -> Choice:
     """The placement of a table over `ranks` that sends the fewest bytes and fits.
@@ -71,6 +72,7 @@ def choose_placement(
         group_touched_rows: the same of the ranks that share a copy.
         lookups: of a table in a step: layers that share it times micro-batches. Each exchanges; replicas reduce once.
         training: backward passes count; else the forward alone.
+        pool: where rows are pooled, if that is settled; None: where that sends less.
         ruled_out: placements that cannot be for reasons of the caller's, each as a sentence.
 
     Raises:
@@ -92,6 +94,8 @@ def choose_placement(
         rows_at_home(shape, ranks, wire, distinct_rows=distinct_rows),
         rows_at_owner(shape, ranks, wire, distinct_rows=distinct_rows),
     ):
+        if None not in (pool, volume.pooling) and pool != volume.pooling:
+            continue
         added = part_added_up(shape, volume.placement, ranks, copies, wire, group_touched_rows) if training else ()
         sent = volume.total_bytes if training else volume.forward_bytes
         times = 1 if volume.placement == "replicate" else lookups

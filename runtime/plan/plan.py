@@ -7,26 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from ultramem.config import ModelConfig
-from ultramem.runtime.figures.expected import expected_distinct
-from ultramem.runtime.plan.exchange import Collective, Placement, Volume, lookup_shape
+from ultramem.runtime.plan.choose_for_model import choose_for_model
+from ultramem.runtime.plan.exchange import Collective, Volume
 from ultramem.runtime.plan.exchange_memory import distinct_rows
 from ultramem.runtime.plan.memory import (
     MemoryPart,
     num_tables,
     rank_memory,
     require_memory,
-    table_parts,
     total_bytes,
 )
 from ultramem.runtime.plan.options import PlanOptions
-from ultramem.runtime.plan.placement import Candidate, Choice, choose_placement
+from ultramem.runtime.plan.placement import Candidate, Choice
 from ultramem.runtime.plan.plan_devices import PlanDevice
 from ultramem.runtime.plan.step_time import StepTime, step_time
 
 FORMAT_VERSION = 1
-ROW_ADAGRAD: dict[Placement, str] = {
-    "columns": "Columns are not possible: row_adagrad's accumulator of a row is a mean over all of its columns."
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,35 +70,14 @@ def make_plan(name: str, config: ModelConfig, options: PlanOptions, device: Plan
     """
     from ultramem.runtime.plan.advice import advice_on
 
-    memory = require_memory(config)
-    shape = lookup_shape(memory, options.tokens_per_rank)
-    distinct = distinct_rows(memory, options)
-    lookups = options.accumulate * (len(config.parsed_insertions) // num_tables(config))
-    touched = {
-        ranks: round(expected_distinct(ranks * shape.reads * lookups, shape.table_rows))
-        for ranks in (1, options.table_ranks)
-        if options.table_optimizer != "adamw"
-    }
-    choice = choose_placement(
-        shape,
-        options.table_ranks,
-        wire=options.wire,
-        replica_bytes=sum(part.bytes for part in table_parts(config, options, "replicate")),
-        free_bytes=_free_bytes(config, options, device),
-        distinct_rows=distinct,
-        copies=options.table_copies,
-        touched_rows=touched.get(1),
-        group_touched_rows=touched.get(options.table_ranks),
-        lookups=lookups,
-        ruled_out=ROW_ADAGRAD if options.table_optimizer == "row_adagrad" else None,
-    )
+    choice = choose_for_model(config, options, wire=options.wire, memory_bytes=int(device.memory_bytes))
     placements = tuple(_placement_plan(config, options, device, candidate) for candidate in choice.candidates)
     plan = Plan(
         name=name,
         config=config,
         options=options,
         device=device,
-        distinct_rows=distinct,
+        distinct_rows=distinct_rows(require_memory(config), options),
         choice=choice,
         placements=placements,
         chosen=_chosen(options, placements, choice),
@@ -145,12 +120,6 @@ def _to_json(placement: PlacementPlan, device: PlanDevice) -> dict[str, Any]:
         "fits": placement.memory_bytes <= device.memory_bytes,
         "step_us": placement.time._asdict() | {"total_us": placement.time.total_us},
     }
-
-
-def _free_bytes(config: ModelConfig, options: PlanOptions, device: PlanDevice) -> int:
-    """Memory of a rank that all but tables leave over."""
-    others = sum(part.bytes for part in rank_memory(config, options, "replicate") if not part.name.startswith("table"))
-    return max(0, int(device.memory_bytes) - others)
 
 
 def _placement_plan(
