@@ -5,7 +5,7 @@ them) in each table, b bytes of a table's number.
 
 | part | bytes |
 | --- | --- |
-| dense weights, gradients, AdamW | 4 D, 4 D, 8 D; with FSDP a P-th of each |
+| dense weights, gradients, AdamW | 4 D, 4 D, 8 D; with FSDP a P-th of each, and padding (`dense_share.py`) |
 | dense copies | FSDP: whole weights and gradients from forward to backward, 4 D each; either way 2 D in bf16, for products |
 | table weights | b N w, a P-th of it where P ranks share a copy |
 | table gradients | as the weights with AdamW; else `b w + 8` a row that the step touched, of a rank's share |
@@ -26,6 +26,7 @@ from ultramem.config import MemoryConfig, ModelConfig
 from ultramem.counts import count
 from ultramem.runtime.figures.expected import expected_distinct
 from ultramem.runtime.plan.activations import activation_bytes
+from ultramem.runtime.plan.dense_share import dense_share
 from ultramem.runtime.plan.exchange import Placement, Pooling
 from ultramem.runtime.plan.exchange_memory import kept_bytes, passing_bytes
 from ultramem.runtime.plan.options import TABLE_BYTES, PlanOptions
@@ -146,9 +147,9 @@ def require_memory(config: ModelConfig) -> MemoryConfig:
 
 def _dense_parts(config: ModelConfig, options: PlanOptions) -> list[MemoryPart]:
     dense = dense_parameters(config)
-    share = options.ranks if options.dense == "fsdp" else 1
-    shard = -(-dense // share)
-    copies = (8 * dense if share > 1 else 0) + (2 * dense if options.dtype == "bf16" else 0)
+    is_cut = options.dense == "fsdp" and options.ranks > 1
+    shard = dense_share(config, options.ranks) if is_cut else dense
+    copies = (8 * dense if is_cut else 0) + (2 * dense if options.dtype == "bf16" else 0)
     return [
         MemoryPart("dense weights", 4 * shard),
         MemoryPart("dense gradients", 4 * shard),

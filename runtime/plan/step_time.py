@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from ultramem.config import ModelConfig
 from ultramem.config.model import Insertion
+from ultramem.runtime.plan.dense_share import dense_share
 from ultramem.runtime.plan.exchange import Collective, Phase, Placement, Volume
 from ultramem.runtime.plan.memory import dense_parameters, num_tables, table_share
 from ultramem.runtime.plan.options import TABLE_BYTES, PlanOptions
@@ -107,7 +108,7 @@ def optimizer_bytes(config: ModelConfig, options: PlanOptions, placement: Placem
         "lazy_adamw": (3 * size + 16) * share.touched_numbers,
         "row_adagrad": 3 * size * share.touched_numbers,
     }[options.table_optimizer]
-    dense = dense_parameters(config) / (options.ranks if options.dense == "fsdp" else 1)
+    dense = dense_share(config, options.ranks) if options.dense == "fsdp" else dense_parameters(config)
     return 28 * dense + tables
 
 
@@ -153,10 +154,11 @@ def _window_us(config: ModelConfig, insertion: Insertion, costs: dict[str, float
 
 def _dense_collectives_us(config: ModelConfig, options: PlanOptions, device: PlanDevice) -> float:
     """Of all that is no table."""
-    size, group = 4 * dense_parameters(config), options.everybody
-    share = others_share(size, options.ranks)
+    group, ranks = options.everybody, options.ranks
     if options.dense == "fsdp":
-        gather_us = collective_us("all_gather", share, group, device.links)
-        return options.accumulate * gather_us + collective_us("reduce_scatter", share, group, device.links)
+        sent = 4 * dense_share(config, ranks) * (ranks - 1)
+        gather_us = collective_us("all_gather", sent, group, device.links)
+        return options.accumulate * gather_us + collective_us("reduce_scatter", sent, group, device.links)
+    size = 4 * dense_parameters(config)
     pieces = -(-size // BUCKET_BYTES)
-    return pieces * collective_us("all_reduce", -(-2 * share // pieces), group, device.links)
+    return pieces * collective_us("all_reduce", -(-2 * others_share(size, ranks) // pieces), group, device.links)

@@ -8,6 +8,7 @@ and uneven.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,16 +18,19 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ultramem import MemoryConfig, UltraMemLayer
+from ultramem import MemoryConfig, UltraMemLayer, build_model, preset
 from ultramem.config.pkm import PKM_SWITCHES
 from ultramem.graph import sharded_table
 from ultramem.graph.table_shard import TableShard
 from ultramem.ops.exchange import ALL_TO_ALL
 from ultramem.runtime.distributed.gradients import reduce_gradients
 from ultramem.runtime.distributed.ranks import Ranks
+from ultramem.runtime.distributed.sharded_loss import ShardedLoss
 from ultramem.runtime.plan import Wire, columns, lookup_shape, replicate, rows_at_home, rows_at_owner
 from ultramem.runtime.plan.count_bytes import CountBytes
+from ultramem.runtime.plan.dense_share import dense_share
 from ultramem.runtime.plan.exchange_memory import kept_bytes
+from ultramem.runtime.plan.memory import dense_parameters
 from ultramem.runtime.plan.options import PlanOptions
 
 # torch 2.13 has a new name for what 2.11 calls all_gather_into_tensor.
@@ -219,6 +223,13 @@ def test_memory_that_an_exchange_keeps(mesh, asked, placement):
     assert part - whole == pytest.approx(counted, abs=64)
 
 
+def counts_as_here(gather, output, sent, group=None):
+    """An all-gather that delivers this rank's integers, as if all ranks had the same."""
+    gather(output, sent, group=group)
+    if not sent.is_floating_point():
+        output.copy_(sent.repeat(output.numel() // sent.numel()))
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_gradients_that_replicas_add_up(mesh, sparse, monkeypatch):
     """What training does after a backward with a table on every rank, as if all had touched as many rows."""
@@ -228,15 +239,26 @@ def test_gradients_that_replicas_add_up(mesh, sparse, monkeypatch):
     rows_U = torch.arange(0, 256, 8)
     gradient = torch.sparse_coo_tensor(rows_U[None], torch.ones(32, 4), (256, 4), check_invariants=False)
     table.rows.grad = gradient.coalesce() if sparse else torch.ones(256, 4)
-    gather = dist.all_gather_into_tensor
-
-    def counts_as_here(output, sent, group):
-        gather(output, sent, group=group)
-        if not sent.is_floating_point():
-            output.copy_(sent.repeat(group.size()))
-
-    monkeypatch.setattr(dist, "all_gather_into_tensor", counts_as_here)
+    for name in ("all_gather_into_tensor", "all_gather_single"):  # the latter is torch 2.13's name for the same
+        gather = getattr(dist, name, None)
+        if gather is not None:
+            monkeypatch.setattr(dist, name, partial(counts_as_here, gather))
     ranks = Ranks(size=mesh.size(), mesh=init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("copies", "shards")))
     with CountBytes() as count:
         reduce_gradients(table, ranks)
     assert count.by_kind() == formula(replicate(shape, mesh.size(), Wire(), distinct_rows=32 if sparse else None))[1]
+
+
+@pytest.mark.parametrize("mesh", [8], indirect=True)
+def test_dense_weights_are_gathered_and_their_gradients_scattered(mesh):
+    """FSDP2 as training has it: every weight that is no table, in float32, once each way."""
+    config = replace(preset("ultramem-tiny"), vocab_size=64)
+    named = init_device_mesh("cpu", (1, 8), mesh_dim_names=("copies", "shards"))
+    model = build_model(config).train()
+    ranks = Ranks(size=8, mesh=named)
+    loss = ShardedLoss(model, lambda inputs, _: (model(inputs).logits.float().mean(), inputs), ranks)
+    with CountBytes() as count:
+        loss(torch.randint(0, 64, (1, 16)), torch.zeros(1, 16))[0].backward()
+    sent = 4 * 7 * dense_share(config, 8)
+    assert count.by_kind() == {"all_gather": sent, "reduce_scatter": sent}
+    assert sent < 1.01 * 4 * dense_parameters(config) * 7 / 8  # keys of two heads are not padded to those of eight

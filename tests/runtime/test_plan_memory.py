@@ -118,7 +118,7 @@ def test_shares_of_many_ranks_add_up():
     for name in ("table weights", "table gradients", "table optimiser"):
         assert rows[name] == columns[name] == alone[name] // 64
     for name in ("dense weights", "dense gradients", "dense optimiser"):
-        assert 0 <= 64 * rows[name] - alone[name] < 64 * 8
+        assert alone[name] <= 64 * rows[name] < 1.001 * alone[name]  # small weights are padded
     replicas = by_name(config, dataclasses.replace(many, dense="replicate"), "replicate", None)
     assert {name: replicas[name] for name in alone if name.startswith(("table", "dense w", "dense o"))} == {
         name: alone[name] for name in alone if name.startswith(("table", "dense w", "dense o"))
@@ -128,8 +128,13 @@ def test_shares_of_many_ranks_add_up():
 def test_what_grows_and_what_shrinks_with_the_ranks():
     config = preset("ultramem-1.6b-x12")
     plans = [by_name(config, options(ranks=ranks)) for ranks in (2, 8, 64, 1024)]
-    for name in ("table weights", "table optimiser", "dense weights"):
+    for name in ("table weights", "table optimiser"):
         assert [plan[name] for plan in plans] == sorted((plan[name] for plan in plans), reverse=True)
+    # At 1024 ranks no dimension of [2,2,2,3584,448] keys divides, so some have a whole head, and all make room for it.
+    dense = [plan["dense weights"] for plan in plans]
+    keys = 4 * 6 * 2 * 2 * 3584 * 448
+    assert dense[0] > dense[1] > dense[2]
+    assert keys < dense[3] < keys + dense[2]
     columns = [by_name(config, options(ranks=ranks), "columns", None)["exchange"] for ranks in (2, 8, 64, 1024)]
     assert columns == sorted(columns)  # every rank holds the slots of all
     home = [plan["exchange"] for plan in plans]

@@ -10,6 +10,7 @@ import pytest
 
 from ultramem import preset
 from ultramem.runtime.plan import Wire, columns, lookup_shape, replicate, rows_at_home
+from ultramem.runtime.plan.dense_share import dense_share
 from ultramem.runtime.plan.memory import dense_parameters
 from ultramem.runtime.plan.options import Group, PlanOptions
 from ultramem.runtime.plan.placement import part_added_up
@@ -101,7 +102,7 @@ def test_a_dense_optimiser_moves_the_whole_share():
     """Seven float32 numbers for each parameter of a rank's share; a lazy one only rows that were touched."""
     every = time_of(columns, table_optimizer="adamw").optimizer_us
     tables = 6 * CONFIG.memory.num_values * 1024
-    assert every == pytest.approx(1e6 * 28 * (tables + dense_parameters(CONFIG)) / 64 / 3e12)
+    assert every == pytest.approx(1e6 * 28 * (tables / 64 + dense_share(CONFIG, 64)) / 3e12)
     few = {"tokens_per_rank": 64, "sequence_length": 64}
     lazy, adagrad = (
         time_of(columns, table_optimizer=name, **few).optimizer_us for name in ("lazy_adamw", "row_adagrad")
@@ -162,11 +163,11 @@ def test_copies_add_up_once_a_step():
 
 def test_dense_weights_are_gathered_for_each_forward_and_gradients_reduced_once():
     size, group = 4 * dense_parameters(CONFIG), Group(64, 8)
-    share = size - size // 64
+    share = 63 * 4 * dense_share(CONFIG, 64)
     gather, scatter = (collective_us(kind, share, group, LINKS) for kind in ("all_gather", "reduce_scatter"))
     assert time_of(columns, accumulate=3).dense_collectives_us == pytest.approx(3 * gather + scatter)
     pieces = -(-size // 2**25)
-    whole = collective_us("all_reduce", 2 * share, group, LINKS)
+    whole = collective_us("all_reduce", 2 * (size - size // 64), group, LINKS)
     latency = collective_us("all_reduce", 1, group, LINKS)
     copied = time_of(columns, dense="replicate", accumulate=3).dense_collectives_us
     assert copied == pytest.approx(whole + (pieces - 1) * latency, rel=1e-5)
