@@ -80,7 +80,8 @@ rows, LazyAdamW on float32 tables, one copy of each, FSDP2 for all else. "Sent" 
 Copies of all tables, with gradients and the optimiser's state, take {bytes_text(_replica_bytes(plans[64]))} a rank:
 more than an H100 or H200 has. Where columns do not divide by the ranks, rows are left, which few ranks best pool at the
 owner. Deduplication is counted for rows chosen by chance, which hardly repeat among {shape.table_rows:,};
-`--distinct-rows` takes what was seen.
+`--distinct-rows` takes what was seen. Eight ranks of 80 GB are too few for so many tokens each; the command says what
+would do. At 1024 no dimension of the keys divides by the ranks, so FSDP pads them, and dense weights take their time.
 
 ## What a step takes at least
 

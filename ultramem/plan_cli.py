@@ -34,7 +34,9 @@ def add_plan_command(command: Callable[[str, Any, str], argparse.ArgumentParser]
     sub.add_argument("--dense", metavar="P", help="all that is no table: fsdp (default) or replicate")
     sub.add_argument("--table-optimizer", metavar="O", help="lazy_adamw (default), row_adagrad or adamw")
     sub.add_argument("--table-dtype", metavar="T", help="float32 (default) or bfloat16")
-    sub.add_argument("--activation-checkpointing", action="store_true", default=None, help="run forwards again")
+    sub.add_argument(
+        "--activation-checkpointing", action="store_true", default=None, help="attention and MLPs run again"
+    )
     sub.add_argument("--no-overlap", dest="overlap", action="store_false", default=None, help="nothing hides exchanges")
     sub.add_argument(
         "--no-deduplicate", dest="deduplicate", action="store_false", default=None, help="rows travel once a slot"

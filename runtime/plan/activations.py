@@ -22,8 +22,8 @@ blocks, Dv value dim, W convolution width, S sequence length. Norms, the residua
 | gated outputs | 3 E Dv e more |
 | beside, once a layer | normalised keys 2 H r n dk e and 8 bytes of statistics a key |
 
-Compiled graphs keep less, as they recompute what is cheap. Under checkpointing every block and memory layer keeps its
-input, 4 d, and the largest of them is there in full while it runs again.
+Compiled graphs keep less, as they recompute what is cheap. Under checkpointing attention and MLPs keep their inputs alone,
+4 d each, and the larger of the two is there in full while it runs again; memory layers keep theirs.
 """  # noqa: E501  # a table row is one line
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ def activation_bytes(
         memory = _memory_bytes(config.memory, sequence_length, size) + (d if config.dropout else 0)
         once = _key_bytes(config.memory, size)
     if checkpointing:
-        kept = (layers + memories) * 4 * d + ends + max(block + mlp, memory)
-        return round(tokens * kept) + once
+        inside = 7 * d * size + 4 * config.num_heads
+        # The inputs of attention and MLP stay, as norms give them: in float32.
+        block += 2 * d * (4 - size) - inside
+        kept = layers * block + ends + memories * memory + max(inside, mlp)
+        return round(tokens * kept) + memories * once
     return round(tokens * (layers * block + with_mlp * mlp + ends + memories * memory)) + memories * once
 
 

@@ -14,8 +14,7 @@ them) in each table, b bytes of a table's number.
 | exchange | `exchange_memory.py` |
 
 A rank's share of N rows is ceil(N / P); input rows of experts have numbers and states of their own. Columns have all N
-rows, so they keep N numbers where an optimiser has one a row. Under checkpointing one memory layer at a time keeps what
-its exchange brought, as it is run again.
+rows, so they keep N numbers where an optimiser has one a row.
 """  # noqa: E501  # a table row is one line
 
 from __future__ import annotations
@@ -48,8 +47,7 @@ def rank_memory(
         ValueError: the model has no memory layers, or mixtures of experts.
     """
     memory = require_memory(config)
-    layers = 1 if options.activation_checkpointing else len(config.parsed_insertions)
-    exchange = layers * kept_bytes(memory, options, placement, pooling)
+    exchange = len(config.parsed_insertions) * kept_bytes(memory, options, placement, pooling)
     parts = [
         *_dense_parts(config, options),
         *table_parts(config, options, placement),

@@ -50,7 +50,7 @@ class PlanOptions:
     table_optimizer: Literal["adamw", "lazy_adamw", "row_adagrad"] = "lazy_adamw"
     table_dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
-    """Blocks and memory layers keep their inputs alone and are run again in the backward."""
+    """Attention and MLPs run again in the backward, in place of keeping what they made."""
     overlap: bool = True
     """Rows travel beside the layers that their memory layer skips."""
     deduplicate: bool = True

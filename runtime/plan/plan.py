@@ -126,11 +126,10 @@ def _placement_plan(
     config: ModelConfig, options: PlanOptions, device: PlanDevice, candidate: Candidate
 ) -> PlacementPlan:
     volume, copies = candidate.volume, candidate.copies
-    again = 1 + options.activation_checkpointing
     lookups = options.accumulate * len(config.parsed_insertions)
     if volume.placement == "replicate":
         lookups, copies = 0, volume.collectives
-    sent = lookups * (again * volume.forward_bytes + volume.backward_bytes)
+    sent = lookups * volume.total_bytes
     return PlacementPlan(
         volume=volume,
         copies=candidate.copies,

@@ -1,9 +1,9 @@
 """Time of one training step on many ranks, by a stated model.
 
 A stage of a forward takes the longer of its FLOPs at the device's rate of large products and its bytes at that of its
-memory (`runtime/profile/arithmetic.py` counts both); its backward takes twice that, and with checkpointing the forward
-is run once more. The optimiser moves its numbers through memory: weights read and written, the gradient read, and what
-state there is read and written. A collective takes its latency and its bytes at the links' line rate
+memory (`runtime/profile/arithmetic.py` counts both); its backward takes twice that, and with checkpointing attention
+and MLPs run forward once more. The optimiser moves its numbers through memory: weights read and written, the gradient
+read, and what state there is read and written. A collective takes its latency and its bytes at the links' line rate
 (`plan_devices.collective_us`).
 
 What is hidden: rows, or what was pooled of them, travel beside the layers that their memory layer skips: for "3:5" the
@@ -84,13 +84,14 @@ def step_time(
     }
     memory_us = sum(costs[stage] for stage in MEMORY_STAGES)
     dense_us = sum(time for stage, time in costs.items() if stage not in MEMORY_STAGES)
-    passes = options.accumulate * (1 + options.activation_checkpointing + BACKWARD)
+    passes = options.accumulate * (1 + BACKWARD)
+    again_us = costs["attention"] + costs["mlp"] if options.activation_checkpointing else 0.0
     optimizer_us = 1e6 * optimizer_bytes(config, options, volume.placement) / device.bytes_per_second
     exchange = _exchange(config, options, device, volume, costs)
     group = options.everybody if volume.placement == "replicate" else options.copy_group
     copies_us = sum(collective_us(each.kind, each.sent_bytes, group, device.links) for each in copies)
     return StepTime(
-        dense_us=passes * dense_us,
+        dense_us=passes * dense_us + options.accumulate * again_us,
         memory_us=passes * memory_us,
         optimizer_us=optimizer_us,
         exchange_us=exchange.all_us,
@@ -133,13 +134,12 @@ def _exchange(
             if (each.phase, each.travels) == (phase, travels)
         )
 
-    again = 1 + options.activation_checkpointing
-    forward_us, backward_us = again * time_us("forward", travels=True), time_us("backward", travels=True)
-    waited_us = again * time_us("forward", travels=False) + time_us("backward", travels=False)
+    forward_us, backward_us = time_us("forward", travels=True), time_us("backward", travels=True)
+    waited_us = time_us("forward", travels=False) + time_us("backward", travels=False)
     exposed_us = 0.0
     for insertion in config.parsed_insertions:
         room_us = _window_us(config, insertion, costs) if options.overlap else 0.0
-        exposed_us += waited_us + max(0.0, forward_us - again * room_us) + max(0.0, backward_us - BACKWARD * room_us)
+        exposed_us += waited_us + max(0.0, forward_us - room_us) + max(0.0, backward_us - BACKWARD * room_us)
     lookups = options.accumulate * len(config.parsed_insertions)
     return _Collectives(lookups * (waited_us + forward_us + backward_us), options.accumulate * exposed_us)
 
