@@ -59,8 +59,8 @@ def test_checkpointing_keeps_less_and_longer_text_more():
     sizes = {"sequence_length": 2048, "element_bytes": 2}
     every = activation_bytes(config, tokens=8192, **sizes)
     few = activation_bytes(config, tokens=8192, **sizes, checkpointing=True)
-    # 32 blocks keep neither the inside of attention (7 times 2048, sums of 16 heads) nor, but for one, that of MLPs; the
-    # inputs of both stay in float32.
+    # 32 blocks keep neither the inside of attention (7 times 2048, sums of 16 heads) nor that of MLPs, but for one's;
+    # the inputs of both stay in float32.
     inside, mlp = 7 * 2048 * 2 + 4 * 16, 2 * 8192 * 2
     assert every - few == 8192 * (32 * (inside + mlp - 2 * 2048 * 2) - mlp)
     assert activation_bytes(config, tokens=16384, **sizes) > 1.9 * every
