@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ultramem.config import TrainConfig, from_dict
 from ultramem.data_cli import add_data_commands
 from ultramem.generate_cli import EXPORTS, add_generate_command
+from ultramem.plan_cli import add_plan_command
 from ultramem.profile_cli import add_profile_command
 from ultramem.train_cli import add_train_commands
 
@@ -107,6 +108,8 @@ def _build_parser() -> _Parser:
     sub.add_argument("--decode", action="store_true", help="a graph of one new token; in AOTInductor beside the other")
 
     add_profile_command(command)
+
+    add_plan_command(command)
 
     help_text = "Download text, or tokenise it once into shards."
     add_data_commands(commands.add_parser("data", help=help_text, description=help_text), finish)
