@@ -21,7 +21,8 @@ from ultramem.export.onnx_plugin import register
 from ultramem.export.onnx_session import FILE, load_onnx
 from ultramem.export.onnx_stages import OTHER_STAGE, stage_of_module
 from ultramem.export.options import ExportOptions
-from ultramem.export.program import PassRecord, Program, capture, records_of, simplify
+from ultramem.export.program import PassRecord, Program, apply_pass, capture, records_of, simplify
+from ultramem.graph.passes import split_einsums
 from ultramem.graph.transformer import Transformer
 from ultramem.ops.tucker_topk import Candidates
 
@@ -44,7 +45,7 @@ def export_onnx(
     onnx = require("onnx", "onnx")
     ir = require("onnx_ir", "onnx")
     require("onnxscript", "onnx")
-    program = simplify(program)
+    program = simplify(apply_pass(program, split_einsums))
     with quiet_exporters(), onnx_functions.schemas():
         translated = torch.onnx.export(
             program.exported,
