@@ -16,6 +16,7 @@ import torch
 from ultramem.config import ModelConfig
 from ultramem.export import onnx_functions
 from ultramem.export.backend import Backend, Run
+from ultramem.export.coarse_keys import with_coarse_keys
 from ultramem.export.extras import quiet_exporters, require
 from ultramem.export.onnx_plugin import register
 from ultramem.export.onnx_session import FILE, load_onnx
@@ -147,12 +148,17 @@ def _how_to_load(options: ExportOptions, files: frozenset[str]) -> tuple[str, ..
     )
 
 
+def _write(model: Transformer, options: ExportOptions, folder: Path) -> tuple[PassRecord, ...]:
+    return write_onnx(with_coarse_keys(model, options, seq=options.seq), options, folder)
+
+
 BACKEND = Backend(
     name="onnx",
     files=(FILE, f"{FILE}.data"),
-    write=write_onnx,
+    write=_write,
     load=_load,
     how_to_load=_how_to_load,
     dtypes=("fp32", "fp16"),
     lacks={"bf16": "stock ONNX Runtime has no bfloat16 kernels on a CPU"},
+    has_coarse_keys=True,
 )

@@ -31,7 +31,7 @@ def test_manifest_describes_the_folder(folder):
     document = json.loads((folder / "manifest.json").read_text())
     engine = document["engine"]
     assert document["format_version"] == 2
-    nothing = dict.fromkeys(("table", "static", "sizes", "kernels"))
+    nothing = dict.fromkeys(("table", "static", "coarse_keys", "sizes", "kernels"))
     assert document["options"] == nothing | {"dtype": "fp32", "decode": False, "device": "cpu"}
     assert document["model"]["memory"]["knum"] == MEMORY.knum
     (name,) = document["files"]

@@ -1,7 +1,9 @@
 """Matrix products in place of `aten.einsum`, for engines that multiply matrices well and einsums badly.
 
 ONNX Runtime transposes the operands of its Einsum at every call: 40 MB of keys for the scores of one token. Of a
-product the transposed keys are a constant, which `fold_constants` makes once.
+product the transposed keys are a constant, which `fold_constants` makes once. A batch of a few matrices is as many
+products: of a batch, ONNX Runtime does not lay out the constants as its product reads them, which costs from a few
+tokens on.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from torch.fx import GraphModule
 
 from ultramem.graph.passes.inline import inline
 from ultramem.graph.passes.pass_result import PassResult, finish
+
+MOST_PRODUCTS = 8
+"""Of a batch that is split; a longer one stays one operator."""
 
 
 def split_einsums(gm: GraphModule) -> PassResult:
@@ -31,7 +36,7 @@ def split_einsums(gm: GraphModule) -> PassResult:
 
 
 def _product(equation: str, *operands: Tensor) -> Tensor:
-    """[batch, left, shared] times [batch, shared, right]; those of no letters are left out."""
+    """[batch, left, shared] times [batch, shared, right], without a batch of no letters; a batch has a fixed size."""
     inputs, out = equation.replace(" ", "").split("->")
     left, right = inputs.split(",")
     assert set(out) | (set(left) & set(right)) == set(left) | set(right), f"no letter is summed alone: {equation}"
@@ -54,7 +59,12 @@ def _product(equation: str, *operands: Tensor) -> Tensor:
             return tensor
         return tensor.reshape([math.prod(sizes[letter] for letter in axis) for axis in axes])
 
-    product = matrices(operands[0], left, rows, shared) @ matrices(operands[1], right, shared, columns)
+    factors = matrices(operands[0], left, rows, shared), matrices(operands[1], right, shared, columns)
+    if batch and math.prod(sizes[letter] for letter in batch) <= MOST_PRODUCTS:
+        pairs = zip(*(each.unbind(0) for each in factors), strict=True)
+        product = torch.stack([first @ second.contiguous() for first, second in pairs])
+    else:
+        product = factors[0] @ factors[1]
     found = [*batch, *rows, *columns]
     product = product.view([sizes[letter] for letter in found])
     return product if found == list(out) else product.permute([found.index(letter) for letter in out])
