@@ -106,6 +106,8 @@ def _build_parser() -> _Parser:
     sub.add_argument("--kernels", metavar="K", help="of our nodes: plugin (default) or body (tensorrt)")
     sub.add_argument("--device", default="cpu", metavar="D", help="of native code: cpu (default) or cuda (aoti)")
     sub.add_argument("--decode", action="store_true", help="a graph of one new token; in AOTInductor beside the other")
+    help_text = "choose candidates by coarse keys (default: in graphs of one token, where keys are large)"
+    sub.add_argument("--coarse-keys", action=argparse.BooleanOptionalAction, help=help_text)
 
     add_profile_command(command)
 
@@ -194,6 +196,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
         static=None if args.static is None else parse_static(args.static),
         decode=args.decode,
         device=args.device,
+        coarse_keys=args.coarse_keys,
         sizes=args.sizes,
         kernels=args.kernels,
     )
