@@ -1,12 +1,18 @@
-"""Stages and nodes of eager: operators under the profiler on a CPU, timers around the modules on other devices."""
+"""Stages and nodes of eager: timers around the modules, and on a CPU the operators in them by the profiler.
+
+The profiler writes a record of each of a thousand operators, most of them inside of others, which takes a third of a
+decode step as long as the step itself. Timers around the thirty modules that are stages take a fiftieth of it. So they
+say how long a module takes, and the profiler, in forwards of its own, how that divides among the module's operators.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,30 +22,91 @@ from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.modules import BETWEEN, TABLE, module_of_path, stage_of_module, stage_of_path
 from ultramem.runtime.profile.profiled_calls import CALL, Span, profiled_spans
 from ultramem.runtime.profile.schema import StageTimes
-from ultramem.runtime.profile.stages import MODULE_KIND, NodeTime, Run, summarize
+from ultramem.runtime.profile.stage_turns import stages_in_turns
+from ultramem.runtime.profile.stages import MODULE_KIND, NodeTime, Run, faster_half
 
-PROFILED = "PyTorch's profiler: outermost operators, and modules that are stages around them"
-TIMED = "timers around the modules"
+TIMED = "timers around the modules that are stages, their measured cost taken off"
+PROFILED = f"{TIMED}; a module's time is divided among its operators as in forwards under PyTorch's profiler"
 _MODULE_SPAN = "ultramem::module "
+_COST_CALLS = 100
+
+
+class HookCost(NamedTuple):
+    """What a timer around a module costs."""
+
+    inside_us: float
+    """Of the time that it measures."""
+    whole_us: float
 
 
 def eager_stages(model: nn.Module, cell: Cell, *, repeats: int, device: torch.device) -> StageTimes:
     """Of the modules of `model`, which `cell` runs."""
-    if device.type == "cpu":
-        opened: list[Any] = []
 
-        def before(name: str) -> None:
-            # Takes a tenth of the time of torch.profiler.record_function.
-            opened.append(torch._C._profiler._RecordFunctionFast(_MODULE_SPAN + name))
-            opened[-1].__enter__()
+    def instrumented(count: int) -> list[Run]:
+        timed = timed_runs(model, cell, count, device)
+        return timed if device.type != "cpu" else divided(timed, eager_runs(_profiled(model, cell, count)))
 
-        def after(name: str) -> None:
-            opened.pop().__exit__(None, None, None)
+    return stages_in_turns(
+        cell, PROFILED if device.type == "cpu" else TIMED, instrumented, repeats=repeats, device=device
+    )
 
-        with _hooks(model, before, after):
-            spans = profiled_spans(cell.call, repeats, unseen=True)
-        return summarize(cell, PROFILED, eager_runs(spans))
-    return summarize(cell, TIMED, _timed_runs(model, cell, repeats, device))
+
+def divided(timed: Sequence[Run], profiled: Sequence[Run]) -> list[Run]:
+    """The profiled runs at the pace of the timed ones, module by module.
+
+    A module's operators, and what it does outside of them, add up to its time in the timed runs; so do the operators
+    between the modules and what is outside of everything, to what the timed runs have left.
+    """
+    timed_us, profiled_us = _module_times(timed), _module_times(profiled)
+    sum_us = faster_half([run.sum_us for run in timed])
+    instrument_us = faster_half([run.wall_us for run in timed]) - sum_us
+    wall_us = faster_half([run.wall_us for run in profiled])
+    rest_us = max(0.0, sum_us - sum(timed_us.values()))
+    paces = {module: time_us / profiled_us[module] for module, time_us in timed_us.items()}
+    paces[BETWEEN] = rest_us / (wall_us - sum(profiled_us.values()))
+    return [_at_pace(run, paces, sum_us / wall_us, instrument_us) for run in profiled]
+
+
+def _at_pace(run: Run, paces: Mapping[str, float], overall: float, instrument_us: float) -> Run:
+    nodes = tuple(
+        node._replace(
+            start_us=node.start_us * overall,
+            time_us=node.time_us * paces[node.modules[0]],
+            span_us=node.span_us * paces[node.modules[0]],
+        )
+        for node in run.nodes
+    )
+    in_modules_us = sum(node.time_us for node in run.nodes if node.modules[0] != BETWEEN)
+    sum_us = sum(node.time_us for node in nodes if node.modules[0] != BETWEEN)
+    sum_us += (run.wall_us - in_modules_us) * paces[BETWEEN]
+    return Run(sum_us + instrument_us, nodes, instrument_us)
+
+
+def _module_times(runs: Sequence[Run]) -> dict[str, float]:
+    """Of each module: the mean over the faster half of the runs."""
+    by_speed = sorted(runs, key=lambda run: run.sum_us)
+    kept = by_speed[: (len(runs) + 1) // 2]
+    found: dict[str, float] = defaultdict(float)
+    for run in kept:
+        for node in run.nodes:
+            if node.modules[0] != BETWEEN:
+                found[node.modules[0]] += node.time_us / len(kept)
+    return found
+
+
+def _profiled(model: nn.Module, cell: Cell, repeats: int) -> list[Span]:
+    opened: list[Any] = []
+
+    def before(name: str) -> None:
+        # Takes a tenth of the time of torch.profiler.record_function.
+        opened.append(torch._C._profiler._RecordFunctionFast(_MODULE_SPAN + name))
+        opened[-1].__enter__()
+
+    def after(name: str) -> None:
+        opened.pop().__exit__(None, None, None)
+
+    with _hooks(model, before, after):
+        return profiled_spans(cell.call, repeats, unseen=True)
 
 
 def eager_runs(spans: Iterable[Span]) -> list[Run]:
@@ -106,11 +173,15 @@ def _hooks(model: nn.Module, before: Callable[[str], object], after: Callable[[s
             handle.remove()
 
 
-def _timed_runs(model: nn.Module, cell: Cell, repeats: int, device: torch.device) -> list[Run]:
+def timed_runs(model: nn.Module, cell: Cell, repeats: int, device: torch.device) -> list[Run]:
     """A module is one node, whose work on the device has ended before the next begins."""
+    cost = hook_cost(device)
+    return [_without_cost(run, cost) for run in _timed(model, cell.call, repeats, device)]
+
+
+def _timed(model: nn.Module, call: Callable[[], object], repeats: int, device: torch.device) -> list[Run]:
     begun: list[int] = []
-    nodes: list[NodeTime] = []
-    start_ns = 0
+    ended: list[tuple[str, int, int]] = []
 
     def before(name: str) -> None:
         synchronize(device)
@@ -118,18 +189,55 @@ def _timed_runs(model: nn.Module, cell: Cell, repeats: int, device: torch.device
 
     def after(name: str) -> None:
         synchronize(device)
-        begin_ns = begun.pop()
-        time_us = (time.perf_counter_ns() - begin_ns) / 1e3
-        stages = (stage_of_module(name),)
-        nodes.append(NodeTime(name, MODULE_KIND, (name,), stages, (begin_ns - start_ns) / 1e3, time_us, time_us))
+        ended.append((name, begun.pop(), time.perf_counter_ns()))
 
     runs = []
     with _hooks(model, before, after):
         for _ in range(repeats):
-            nodes.clear()
+            ended.clear()
             synchronize(device)
             start_ns = time.perf_counter_ns()
-            cell.call()
+            call()
             synchronize(device)
-            runs.append(Run((time.perf_counter_ns() - start_ns) / 1e3, tuple(nodes)))
+            end_ns = time.perf_counter_ns()
+            nodes = (_timed_node(name, first_ns - start_ns, last_ns - first_ns) for name, first_ns, last_ns in ended)
+            runs.append(Run((end_ns - start_ns) / 1e3, tuple(nodes)))
     return runs
+
+
+def _timed_node(name: str, start_ns: int, time_ns: int) -> NodeTime:
+    return NodeTime(
+        name, MODULE_KIND, (name,), (stage_of_module(name),), start_ns / 1e3, time_ns / 1e3, time_ns / 1e3
+    )
+
+
+def hook_cost(device: torch.device) -> HookCost:
+    """Of a timer around a module that does nothing: calls of it with the timer and without."""
+    module = nn.Identity()
+    model = nn.ModuleDict({"head": module})  # by its name a stage
+
+    def call() -> None:
+        for _ in range(_COST_CALLS):
+            module(None)
+
+    plain_us = []
+    for _ in range(5):
+        start_ns = time.perf_counter_ns()
+        call()
+        plain_us.append((time.perf_counter_ns() - start_ns) / 1e3 / _COST_CALLS)
+    runs = _timed(model, call, 5, device)
+    plain, whole = statistics.median(plain_us), statistics.median(run.wall_us / _COST_CALLS for run in runs)
+    inside = statistics.median(node.time_us for run in runs for node in run.nodes)
+    return HookCost(max(0.0, inside - plain), max(0.0, whole - plain))
+
+
+def _without_cost(run: Run, cost: HookCost) -> Run:
+    nodes = tuple(
+        node._replace(
+            start_us=node.start_us - index * cost.whole_us,
+            time_us=max(0.0, node.time_us - cost.inside_us),
+            span_us=max(0.0, node.span_us - cost.inside_us),
+        )
+        for index, node in enumerate(run.nodes)
+    )
+    return Run(run.wall_us, nodes, cost.whole_us * len(run.nodes))

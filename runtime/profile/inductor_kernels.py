@@ -17,7 +17,7 @@ from torch import fx
 
 from ultramem.runtime.profile.arithmetic import MEMORY_STAGES
 from ultramem.runtime.profile.modules import module_of_stack, stage_of_module
-from ultramem.runtime.profile.stack_traces import stages_of_traces
+from ultramem.runtime.profile.stack_traces import sources_tag, stages_of_traces
 
 COMPILE_OPTIONS = {"trace.provenance_tracking_level": 2, "cpp.enable_kernel_profile": True}
 """Inductor options under which a model must be compiled for its stages to be told apart."""
@@ -42,6 +42,7 @@ def recorded_compilation() -> Iterator[list[list[Kernel]]]:
     from torch._inductor import compile_fx as compiler
     from torch._inductor import config
     from torch._inductor.output_code import CompiledFxGraph
+    from torch.compiler import config as compiler_config
 
     graphs: list[list[Kernel]] = []
     modules: dict[str, str] = {}
@@ -64,7 +65,9 @@ def recorded_compilation() -> Iterator[list[list[Kernel]]]:
     setattr(CompiledFxGraph, "post_compile", post_compile)  # noqa: B010
     setattr(compiler, "compile_fx", compile_fx)  # noqa: B010
     try:
-        with config.patch(COMPILE_OPTIONS):
+        # A graph from the compiler's cache has the stack traces of the sources that it was compiled from, which may stand
+        # elsewhere, or have other lines, by now.
+        with config.patch(COMPILE_OPTIONS), compiler_config.patch(cache_key_tag=sources_tag()):
             yield graphs
     finally:
         setattr(CompiledFxGraph, "post_compile", original)  # noqa: B010

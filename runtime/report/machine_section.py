@@ -55,6 +55,7 @@ def machine_section(sources: Sequence[Source]) -> str:
             ),
             Cell(text=str(engine["graphs"]), path=f"{here}/graphs"),
             Cell(text=str(engine["graph_breaks"]), path=f"{here}/graph_breaks"),
+            Cell(text=str(engine["cached_graphs"]), path=f"{here}/cached_graphs"),
             Cell(text=NONE)
             if engine["memory_bytes"] is None
             else Cell(text=bytes_text(engine["memory_bytes"]), path=f"{here}/memory_bytes"),
@@ -65,7 +66,7 @@ def machine_section(sources: Sequence[Source]) -> str:
     ]
     headings = (
         "engine", *(["model"] if len(sources) > 1 else []), "largest difference", "accepted", "preparation", "export",
-        "open", "compile, warm-up", "graphs", "graph breaks", "memory",
+        "open", "compile, warm-up", "graphs", "graph breaks", "from the cache", "memory",
     )  # fmt: skip
     return section(
         "Machine, versions, and how this was measured",

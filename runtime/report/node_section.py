@@ -38,7 +38,7 @@ def _headline(source: Source) -> str:
     for _, times in chosen(source.profile["stages"], phase="decode", batch=batch):
         if times["nodes"]:
             node = max(times["nodes"], key=lambda node: node["p50_us"])
-            share = share_text(node["p50_us"] / times["wall_us"])
+            share = share_text(node["p50_us"] / times["sum_us"])
             parts.append(f"{_modules_text(node['modules'])} takes {share} on {engine_name(times['engine'])}")
     what = f"Longest node of a decode step of {source.name}: " if parts else f"Nodes of {source.name}: none are known"
     return what + ", ".join(parts)
@@ -51,7 +51,7 @@ def _node_table(source: Source, phase: str, batch: int) -> str:
         starts.append(len(rows))
         for index in order[:SHOWN]:
             node, here = times["nodes"][index], f"{source.pointer}/stages/{place}/nodes/{index}"
-            share = node["p50_us"] / times["wall_us"]
+            share = node["p50_us"] / times["sum_us"]
             rows.append(
                 [
                     text_cell(engine_name(times["engine"])),

@@ -23,11 +23,14 @@ from ultramem.runtime.profile.inductor_kernels import Kernel, modules_of_graph, 
 from ultramem.runtime.profile.inductor_stages import _same_name, kernel_stages
 from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.modules import module_of_path, module_of_stack, stage_of_path
-from ultramem.runtime.profile.onnx_stages import node_runs
 from ultramem.runtime.profile.profiled_calls import CALL, Span
 from ultramem.runtime.profile.roofs import stage_arithmetic, with_roofs
 from ultramem.runtime.profile.stack_traces import stages_of_traces
-from ultramem.runtime.profile.stages import NodeTime, Run, summarize
+from ultramem.runtime.profile.stage_turns import TURNS
+from ultramem.runtime.profile.stages import NodeTime, Run, Turn, summarize
+
+
+CPU = torch.device("cpu")
 
 
 def node(name: str, time_us: float, *stages: str, start_us: float = 0.0, kind: str = "op") -> NodeTime:
@@ -91,8 +94,9 @@ def test_rows_are_the_mean_of_the_faster_half() -> None:
         Run(14.0, (node("a", 5.0, "mlp"), node("c", 1.0, "mlp"))),
         Run(900.0, ()),
     ]
-    times = summarize(make_cell(), "a method", runs)
-    assert (times.wall_us, times.unattributed_us, times.wall_ratio, times.fastest_us) == (12.0, 6.0, 2.4, 10.0)
+    times = summarize(make_cell(), "a method", [Turn([4.0, 6.0, 800.0], runs[:1]), Turn([7.0], runs[1:])])
+    assert (times.sum_us, times.unattributed_us, times.fastest_us, times.runs) == (12.0, 6.0, 10.0, 3)
+    assert (times.plain_us, times.sum_ratio, times.turn_sum_ratios) == (5.0, 2.4, (2.0, 2.0))
     assert [(row.stages, row.time_us, row.p50_us) for row in times.rows] == [
         (("mlp",), 5.0, 4.0),
         (("score", "select"), 1.0, 0.0),
@@ -102,7 +106,7 @@ def test_rows_are_the_mean_of_the_faster_half() -> None:
 
 def test_calls_are_counted_and_modules_launch_nothing() -> None:
     nodes = (node("a", 1.0, "mlp"), node("a", 1.0, "mlp"), node("m", 1.0, "mlp", kind="module"))
-    times = summarize(make_cell(), "a method", [Run(4.0, nodes)])
+    times = summarize(make_cell(), "a method", [Turn([4.0], [Run(4.0, nodes)])])
     assert [(row.node, row.calls, row.time_us) for row in times.nodes] == [("a", 2, 2.0), ("m", 0, 1.0)]
     assert times.launches == times.rows[0].calls == 2
 
@@ -118,7 +122,7 @@ def test_roofs_of_a_row_are_its_stages_arithmetic() -> None:
         Run(10.0, (node("a", 2.0, "mlp"), node("b", 2.0, "score", "select"), node("c", 1.0, "attention", "head"),
                    node("d", 1.0, "head")))
     ]  # fmt: skip
-    times = with_roofs(summarize(make_cell(), "", runs), tuple(costs.values()), MACHINE, max_abs_difference=0.5)
+    times = with_roofs(summarize(make_cell(), "", [Turn([10.0], runs)]), tuple(costs.values()), MACHINE, max_abs_difference=0.5)
     assert times.max_abs_difference == 0.5
     rows = {row.stages: row for row in times.rows}
     assert rows["mlp",].is_whole
@@ -146,9 +150,9 @@ def test_eager_stages_add_up_to_the_wall_time(eager_profile: Profile) -> None:
         assert [row.stages for row in times.rows] == [(stage,) for stage in STAGES]
         assert all(row.time_us > 0 for row in times.rows)
         assert times.unattributed_us > 0
-        assert sum(row.time_us for row in times.rows) + times.unattributed_us == pytest.approx(times.wall_us)
-        assert sum(node.time_us for node in times.nodes) + times.unattributed_us == pytest.approx(times.wall_us)
-        assert times.coverage == pytest.approx(1 - times.unattributed_us / times.wall_us)
+        assert sum(row.time_us for row in times.rows) + times.unattributed_us == pytest.approx(times.sum_us)
+        assert sum(node.time_us for node in times.nodes) + times.unattributed_us == pytest.approx(times.sum_us)
+        assert times.coverage == pytest.approx(1 - times.unattributed_us / times.sum_us)
 
 
 def test_eager_nodes_name_their_modules(eager_profile: Profile) -> None:
@@ -238,7 +242,7 @@ def test_profiler_events_follow_the_compiled_kernels() -> None:
         Kernel("aten.matmul", ("mlp",), ("blocks.0.mlp",), ("linear",)),
         Kernel("torch.ops.aten.topk.default", ("select",)),
     ]
-    times = kernel_stages(profiled_cell(), [[Kernel("extern_kernels.bmm", ("head",))], kernels], repeats=3)
+    times = kernel_stages(profiled_cell(), [[Kernel("extern_kernels.bmm", ("head",))], kernels], repeats=3, device=CPU)
     assert [row.stages for row in times.rows] == [("select",), ("mlp",)]
     assert 0 < times.coverage <= 1
     first, second = times.nodes
@@ -251,8 +255,8 @@ def test_profiler_events_follow_the_compiled_kernels() -> None:
     [([], "compiled without COMPILE_OPTIONS"), ([[Kernel("extern_kernels.bmm", ("head",))]], "not, one for one")],
 )
 def test_what_cannot_be_divided_is_reported_whole(graphs: list[list[Kernel]], note: str) -> None:
-    times = kernel_stages(profiled_cell(), graphs, repeats=3)
-    assert (times.rows, times.method, times.wall_us, times.unattributed_us) == ((), "not separable", 5.0, 5.0)
+    times = kernel_stages(profiled_cell(), graphs, repeats=3, device=CPU)
+    assert (times.rows, times.method, times.sum_us, times.unattributed_us) == ((), "not separable", 5.0, 5.0)
     assert note in times.note
 
 
@@ -315,22 +319,6 @@ def test_kernels_of_a_package(tmp_path: Path) -> None:
     assert [kernel.stages for kernel in packaged_kernels(tmp_path / "model.pt2")[0]] == [("head",), ("other",)]
 
 
-# ONNX Runtime
-
-
-def test_onnx_node_times_go_to_the_run_they_are_in() -> None:
-    events = [
-        {"cat": "Session", "name": "model_run", "ts": 100, "dur": 50},
-        {"cat": "Node", "name": "matmul_kernel_time", "ts": 110, "dur": 20, "args": {"op_name": "MatMul"}},
-        {"cat": "Node", "name": "in_a_loop_kernel_time", "ts": 135, "dur": 5, "args": {"op_name": "Cast"}},
-        {"cat": "Session", "name": "model_run", "ts": 200, "dur": 40},
-        {"cat": "Node", "name": "matmul_kernel_time", "ts": 210, "dur": 30, "args": {"op_name": "MatMul"}},
-    ]
-    first, second = node_runs(events, {"matmul": "blocks.0.mlp"})
-    assert first == Run(50, (NodeTime("matmul", "MatMul", ("blocks.0.mlp",), ("mlp",), 10, 20, 20),))
-    assert (second.wall_us, [each.time_us for each in second.nodes]) == (40, [30])
-
-
 # All engines
 
 
@@ -366,8 +354,10 @@ def test_every_engine_shows_its_stages_and_modules(tmp_path: Path) -> None:
         assert times.launches == sum(row.calls for row in times.nodes)
         explained_us = sum(row.time_us for row in times.nodes)
         assert explained_us == pytest.approx(sum(row.time_us for row in times.rows))
-        assert explained_us + times.unattributed_us == pytest.approx(times.wall_us)
+        assert explained_us + times.unattributed_us == pytest.approx(times.sum_us)
         assert times.unattributed_us > 0
+        assert times.instrumented_us - times.instrument_us == pytest.approx(times.sum_us)
+        assert (times.sum_ratio, len(times.turn_sum_ratios)) == (times.sum_us / times.plain_us, TURNS)
     for request in found.requests:
         assert request.recompiles == 0
         assert request.launches_per_step

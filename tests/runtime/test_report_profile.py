@@ -44,7 +44,7 @@ def test_profile_page_shows_the_numbers_of_its_json() -> None:
         for name in ("p50_us", "p90_us", "p99_us", "tokens_per_second", "bandwidth_share", "compute_share"):
             assert f"/latency/{index}/{name}" in pointers
     for index, times in enumerate(document["stages"]):
-        assert {f"/stages/{index}/{name}" for name in ("coverage", "wall_ratio", "max_abs_difference")} <= pointers
+        assert {f"/stages/{index}/{name}" for name in ("coverage", "sum_ratio", "plain_us", "instrument_us", "max_abs_difference")} <= pointers
         assert all(f"/stages/{index}/rows/{place}/time_us" in pointers for place in range(len(times["rows"])))
         for place, row in enumerate(times["rows"]):
             for name in ("p50_us", "p99_us", "calls", "flops", "bytes", "flops_per_byte", "bandwidth_share"):
@@ -57,7 +57,7 @@ def test_profile_page_shows_the_numbers_of_its_json() -> None:
             assert f"/requests/{index}/{name}" in pointers
         assert (f"/requests/{index}/launches_per_step" in pointers) == (row["launches_per_step"] is not None)
     for index in range(len(document["engines"])):
-        for name in ("export_seconds", "open_seconds", "warm_up_seconds", "graphs", "graph_breaks", "memory_bytes"):
+        for name in ("export_seconds", "open_seconds", "warm_up_seconds", "graphs", "graph_breaks", "cached_graphs", "memory_bytes"):
             assert f"/engines/{index}/{name}" in pointers
     assert {f"/row_use/{index}/rows_touched" for index in range(4)} <= pointers
 
@@ -137,7 +137,8 @@ def test_decades(low: float, high: float, marks: list[float]) -> None:
 def test_what_is_not_separable_says_so() -> None:
     document = make_document()
     for times in document["stages"]:
-        times.update(rows=[], unattributed_us=times["wall_us"], coverage=0.0, method="not separable", note="as it is")
+        whole = {"unattributed_us": times["sum_us"], "coverage": 0.0, "method": "not separable", "note": "as it is"}
+        times.update(rows=[], turn_sum_ratios=[], **whole)
     page = Page(render_profile(document))
     check_numbers(page)
     assert "not separable: as it is" in page.text
