@@ -1,8 +1,8 @@
 """Stages and nodes of eager: timers around the modules, and on a CPU the operators in them by the profiler.
 
-The profiler writes a record of each of a thousand operators, most of them inside of others, which takes a third of a
-decode step as long as the step itself. Timers around the thirty modules that are stages take a fiftieth of it. So they
-say how long a module takes, and the profiler, in forwards of its own, how that divides among the module's operators.
+The profiler writes a record of each of a thousand operators, most of them inside of others, which takes a third of the
+time of a decode step. Timers around the thirty modules that are stages take little. So they say how long a module takes,
+and the profiler, in forwards of its own, how that divides among the module's operators.
 """
 
 from __future__ import annotations
@@ -10,28 +10,32 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ultramem.machine import synchronize
+from ultramem.runtime.profile.divided_runs import divided
 from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.modules import BETWEEN, TABLE, module_of_path, stage_of_module, stage_of_path
 from ultramem.runtime.profile.profiled_calls import CALL, Span, profiled_spans
 from ultramem.runtime.profile.schema import StageTimes
 from ultramem.runtime.profile.stage_turns import stages_in_turns
-from ultramem.runtime.profile.stages import MODULE_KIND, NodeTime, Run, faster_half
+from ultramem.runtime.profile.stages import MODULE_KIND, NodeTime, Run
 
 TIMED = "timers around the modules that are stages, their measured cost taken off"
 PROFILED = f"{TIMED}; a module's time is divided among its operators as in forwards under PyTorch's profiler"
 _MODULE_SPAN = "ultramem::module "
 _COST_CALLS = 100
 
+Forward = Callable[..., Any]
 
-class HookCost(NamedTuple):
+
+class TimerCost(NamedTuple):
     """What a timer around a module costs."""
 
     inside_us: float
@@ -51,61 +55,16 @@ def eager_stages(model: nn.Module, cell: Cell, *, repeats: int, device: torch.de
     )
 
 
-def divided(timed: Sequence[Run], profiled: Sequence[Run]) -> list[Run]:
-    """The profiled runs at the pace of the timed ones, module by module.
-
-    A module's operators, and what it does outside of them, add up to its time in the timed runs; so do the operators
-    between the modules and what is outside of everything, to what the timed runs have left.
-    """
-    timed_us, profiled_us = _module_times(timed), _module_times(profiled)
-    sum_us = faster_half([run.sum_us for run in timed])
-    instrument_us = faster_half([run.wall_us for run in timed]) - sum_us
-    wall_us = faster_half([run.wall_us for run in profiled])
-    rest_us = max(0.0, sum_us - sum(timed_us.values()))
-    paces = {module: time_us / profiled_us[module] for module, time_us in timed_us.items()}
-    paces[BETWEEN] = rest_us / (wall_us - sum(profiled_us.values()))
-    return [_at_pace(run, paces, sum_us / wall_us, instrument_us) for run in profiled]
-
-
-def _at_pace(run: Run, paces: Mapping[str, float], overall: float, instrument_us: float) -> Run:
-    nodes = tuple(
-        node._replace(
-            start_us=node.start_us * overall,
-            time_us=node.time_us * paces[node.modules[0]],
-            span_us=node.span_us * paces[node.modules[0]],
-        )
-        for node in run.nodes
-    )
-    in_modules_us = sum(node.time_us for node in run.nodes if node.modules[0] != BETWEEN)
-    sum_us = sum(node.time_us for node in nodes if node.modules[0] != BETWEEN)
-    sum_us += (run.wall_us - in_modules_us) * paces[BETWEEN]
-    return Run(sum_us + instrument_us, nodes, instrument_us)
-
-
-def _module_times(runs: Sequence[Run]) -> dict[str, float]:
-    """Of each module: the mean over the faster half of the runs."""
-    by_speed = sorted(runs, key=lambda run: run.sum_us)
-    kept = by_speed[: (len(runs) + 1) // 2]
-    found: dict[str, float] = defaultdict(float)
-    for run in kept:
-        for node in run.nodes:
-            if node.modules[0] != BETWEEN:
-                found[node.modules[0]] += node.time_us / len(kept)
-    return found
-
-
 def _profiled(model: nn.Module, cell: Cell, repeats: int) -> list[Span]:
-    opened: list[Any] = []
+    def wrapped(name: str, forward: Forward) -> Forward:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            # Takes a tenth of the time of torch.profiler.record_function.
+            with torch._C._profiler._RecordFunctionFast(_MODULE_SPAN + name):
+                return forward(*args, **kwargs)
 
-    def before(name: str) -> None:
-        # Takes a tenth of the time of torch.profiler.record_function.
-        opened.append(torch._C._profiler._RecordFunctionFast(_MODULE_SPAN + name))
-        opened[-1].__enter__()
+        return recorded
 
-    def after(name: str) -> None:
-        opened.pop().__exit__(None, None, None)
-
-    with _hooks(model, before, after):
+    with _around_modules(model, wrapped):
         return profiled_spans(cell.call, repeats, unseen=True)
 
 
@@ -150,49 +109,46 @@ def _node(name: str, kind: str, module: str, span: Span, call_start_us: float) -
 
 
 @contextlib.contextmanager
-def _hooks(model: nn.Module, before: Callable[[str], object], after: Callable[[str], object]) -> Iterator[None]:
-    """Call `before` and `after` with the path of each module that is a stage, around its forward."""
-    handles = []
+def _around_modules(model: nn.Module, wrapped: Callable[[str, Forward], Forward]) -> Iterator[None]:
+    """Put `wrapped(path, forward)` in the place of the forward of each module that is a stage.
+
+    Not by hooks: a module that has some is called in a slower way, which takes longer than the timer.
+    """
+    changed = []
     for path, module in model.named_modules():
         stage = stage_of_path(path)
         # The outermost module of a stage holds its children's time, and a lookup that of its table.
         if stage is not None and stage_of_path(path.rpartition(".")[0]) is None and not TABLE.search(path):
-            name = module_of_path(path) or path
-
-            def enter(module: nn.Module, args: Any, _name: str = name) -> None:
-                before(_name)
-
-            def leave(module: nn.Module, args: Any, output: Any, _name: str = name) -> None:
-                after(_name)
-
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+            object.__setattr__(module, "forward", wrapped(module_of_path(path) or path, module.forward))
+            changed.append(module)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module in changed:
+            object.__delattr__(module, "forward")
 
 
 def timed_runs(model: nn.Module, cell: Cell, repeats: int, device: torch.device) -> list[Run]:
     """A module is one node, whose work on the device has ended before the next begins."""
-    cost = hook_cost(device)
+    cost = timer_cost(device)
     return [_without_cost(run, cost) for run in _timed(model, cell.call, repeats, device)]
 
 
 def _timed(model: nn.Module, call: Callable[[], object], repeats: int, device: torch.device) -> list[Run]:
-    begun: list[int] = []
     ended: list[tuple[str, int, int]] = []
+    now = time.perf_counter_ns if device.type == "cpu" else partial(_now_ns, device)
 
-    def before(name: str) -> None:
-        synchronize(device)
-        begun.append(time.perf_counter_ns())
+    def wrapped(name: str, forward: Forward) -> Forward:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start_ns = now()
+            result = forward(*args, **kwargs)
+            ended.append((name, start_ns, now()))
+            return result
 
-    def after(name: str) -> None:
-        synchronize(device)
-        ended.append((name, begun.pop(), time.perf_counter_ns()))
+        return timed
 
     runs = []
-    with _hooks(model, before, after):
+    with _around_modules(model, wrapped):
         for _ in range(repeats):
             ended.clear()
             synchronize(device)
@@ -205,13 +161,18 @@ def _timed(model: nn.Module, call: Callable[[], object], repeats: int, device: t
     return runs
 
 
+def _now_ns(device: torch.device) -> int:
+    synchronize(device)
+    return time.perf_counter_ns()
+
+
 def _timed_node(name: str, start_ns: int, time_ns: int) -> NodeTime:
     return NodeTime(
         name, MODULE_KIND, (name,), (stage_of_module(name),), start_ns / 1e3, time_ns / 1e3, time_ns / 1e3
     )
 
 
-def hook_cost(device: torch.device) -> HookCost:
+def timer_cost(device: torch.device) -> TimerCost:
     """Of a timer around a module that does nothing: calls of it with the timer and without."""
     module = nn.Identity()
     model = nn.ModuleDict({"head": module})  # by its name a stage
@@ -228,10 +189,10 @@ def hook_cost(device: torch.device) -> HookCost:
     runs = _timed(model, call, 5, device)
     plain, whole = statistics.median(plain_us), statistics.median(run.wall_us / _COST_CALLS for run in runs)
     inside = statistics.median(node.time_us for run in runs for node in run.nodes)
-    return HookCost(max(0.0, inside - plain), max(0.0, whole - plain))
+    return TimerCost(max(0.0, inside - plain), max(0.0, whole - plain))
 
 
-def _without_cost(run: Run, cost: HookCost) -> Run:
+def _without_cost(run: Run, cost: TimerCost) -> Run:
     nodes = tuple(
         node._replace(
             start_us=node.start_us - index * cost.whole_us,

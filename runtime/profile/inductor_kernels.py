@@ -37,12 +37,22 @@ class Kernel(NamedTuple):
 
 
 @contextlib.contextmanager
-def recorded_compilation() -> Iterator[list[list[Kernel]]]:
-    """Compile with `COMPILE_OPTIONS` inside the block; yields a list that fills with the kernels of each graph."""
-    from torch._inductor import compile_fx as compiler
+def profiled_compilation() -> Iterator[None]:
+    """What is compiled inside the block can be told apart by stages."""
     from torch._inductor import config
-    from torch._inductor.output_code import CompiledFxGraph
     from torch.compiler import config as compiler_config
+
+    # A graph from the compiler's cache has the stack traces of the sources that it was compiled from, which may stand
+    # elsewhere, or have other lines, by now.
+    with config.patch(COMPILE_OPTIONS), compiler_config.patch(cache_key_tag=sources_tag()):
+        yield
+
+
+@contextlib.contextmanager
+def recorded_compilation() -> Iterator[list[list[Kernel]]]:
+    """`profiled_compilation`; yields a list that fills with the kernels of each graph."""
+    from torch._inductor import compile_fx as compiler
+    from torch._inductor.output_code import CompiledFxGraph
 
     graphs: list[list[Kernel]] = []
     modules: dict[str, str] = {}
@@ -65,9 +75,7 @@ def recorded_compilation() -> Iterator[list[list[Kernel]]]:
     setattr(CompiledFxGraph, "post_compile", post_compile)  # noqa: B010
     setattr(compiler, "compile_fx", compile_fx)  # noqa: B010
     try:
-        # A graph from the compiler's cache has the stack traces of the sources that it was compiled from, which may stand
-        # elsewhere, or have other lines, by now.
-        with config.patch(COMPILE_OPTIONS), compiler_config.patch(cache_key_tag=sources_tag()):
+        with profiled_compilation():
             yield graphs
     finally:
         setattr(CompiledFxGraph, "post_compile", original)  # noqa: B010

@@ -1,134 +1,154 @@
-"""Stages and nodes of ONNX Runtime: the graph that it runs, with a stamp behind every node."""
+"""Stages and nodes of ONNX Runtime: the graph that it runs, with stamps between modules, and with one behind each node."""
 
 from __future__ import annotations
 
 import ast
-import contextlib
+import itertools
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ultramem.export.onnx_session import OnnxModel
+from ultramem.runtime.profile.divided_runs import divided
 from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.modules import BETWEEN, module_of_path, module_of_stack, stage_of_module
-from ultramem.runtime.profile.onnx_stamps import DOMAIN, StampedRun, add_stamps, stamped_runs, stamps_of
+from ultramem.runtime.profile.onnx_stamps import DOMAIN, Interval, StampedRun, add_stamps, stamped_runs, stamps_of
 from ultramem.runtime.profile.schema import StageTimes
-from ultramem.runtime.profile.stage_turns import stages_in_turns
+from ultramem.runtime.profile.stage_turns import NotSeparableError, stages_in_turns
 from ultramem.runtime.profile.stages import NodeTime, Run
 
 METHOD = (
-    "stamps behind the nodes of ONNX Runtime's graph, their cost taken off; a node is timed with the runtime's dispatch "
-    "of it, and a norm that the runtime fused counts with the attention or MLP behind it"
+    "stamps in ONNX Runtime's graph where it goes from one module to another, their measured cost taken off; a module's "
+    "time is divided among its nodes as in forwards with a stamp behind every node. A node is timed with the runtime's "
+    "dispatch of it, and a norm that the runtime fused counts with the attention or MLP behind it"
 )
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_EXTERNAL_BYTES = "1024"
+_WEIGHTS_OUTSIDE = {"file_name": "optimized.data", "min_size_in_bytes": "1024"}
+_STAMPS_A_NODE = 8
+"""Room for as many: two behind each of its outputs."""
 _WARM_UP = 3
 
 
-class StampedSession:
-    """A second session of an engine's export: the same nodes, and stamps behind them."""
+class StampedSessions:
+    """Two more sessions of an engine's export: the same nodes with a stamp behind each, and with stamps between modules."""
 
-    def __init__(self, model_path: Path, engine_session: Any, library: Path, *, own_kernels: bool) -> None:
-        """`own_kernels`: of this package, as the session of the engine has them."""
-        import onnx
+    def __init__(self, model_path: Path, engine: OnnxModel, library: Path, cell: Cell) -> None:
+        """`engine` runs `cell`, which says in what order the nodes run."""
         import onnxruntime
 
         from ultramem.export.onnx_stages import stages_of_optimized_model
 
-        threads = engine_session.get_session_options().intra_op_num_threads
+        self._library, self._engine = library, engine
+        self._threads = engine.session.get_session_options().intra_op_num_threads
         with tempfile.TemporaryDirectory() as folder:
-            optimized, stamped = Path(folder) / "optimized.onnx", Path(folder) / "stamped.onnx"
-            options = _options(threads, own_kernels=own_kernels)
+            optimized = Path(folder) / "optimized.onnx"
+            # The kernels of this package run its nodes where they do in the engine.
+            options = self._options(own_kernels=not engine.kernels.startswith("standard operators"))
             # Fused nodes have names of their own: the graph that really runs says what they were made of.
             options.optimized_model_filepath = str(optimized)
-            options.add_session_config_entry(
-                "session.optimized_model_external_initializers_file_name", f"{optimized.name}.data"
-            )
-            options.add_session_config_entry(
-                "session.optimized_model_external_initializers_min_size_in_bytes", _EXTERNAL_BYTES
-            )
+            for entry, value in _WEIGHTS_OUTSIDE.items():
+                options.add_session_config_entry(f"session.optimized_model_external_initializers_{entry}", value)
             onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
-            model = onnx.load(str(optimized), load_external_data=False)
-            nodes = add_stamps(model.graph)
-            if all(each.domain != DOMAIN for each in model.opset_import):
-                model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-            onnx.save(model, str(stamped))
-            options = _options(threads, own_kernels=True)
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            self.session = onnxruntime.InferenceSession(str(stamped), options, providers=["CPUExecutionProvider"])
-            modules = {
-                name: module_of_path(part) or BETWEEN for name, part in stages_of_optimized_model(optimized).items()
-            }
-        exact = modules_of_file(model_path)
-        self.nodes = [
-            None if node is None else (node.name, node.op_type, exact.get(node.name, modules[node.name]))
-            for node in nodes
-        ]
-        """Name, operator and module of each place."""
-        self.library = library
+            parts = stages_of_optimized_model(optimized)
+            exact = modules_of_file(model_path)
+            modules = {name: exact.get(name, module_of_path(part) or BETWEEN) for name, part in parts.items()}
+            self._detailed, places = self._stamped(optimized, None)
+            self.nodes = [node and (node.name, node.op_type, modules[node.name]) for node in places]
+            """Name, operator and module of each place; none of an input."""
+            ((_, _, run),) = self._stamps(self._detailed, cell, 1)
+            order = [each.place for each in run.intervals if self.nodes[each.place] is not None]
+            self.last_of_modules = [
+                place for place, after in itertools.pairwise(order) if self._named(place)[2] != self._named(after)[2]
+            ] + order[-1:]
+            """Places, in the order in which they run."""
+            self._coarse, _ = self._stamped(optimized, self.last_of_modules)
 
-    @contextlib.contextmanager
-    def in_place_of(self, model: OnnxModel) -> Iterator[None]:
-        """The engine's model runs the stamped graph inside the block."""
-        plain, model.session = model.session, self.session
-        try:
-            yield
-        finally:
-            model.session = plain
+    def runs(self, cell: Cell, repeats: int) -> list[Run]:
+        return divided(self.coarse_runs(cell, repeats), self._runs(self._detailed, cell, repeats))
 
-    def runs(self, model: OnnxModel, cell: Cell, repeats: int) -> list[Run]:
+    def coarse_runs(self, cell: Cell, repeats: int) -> list[Run]:
+        """Nodes are the pieces of the graph between two modules."""
+        runs = self._runs(self._coarse, cell, repeats)
+        for run in runs:
+            expected = [self._named(place)[0] for place in self.last_of_modules]
+            # The first piece has no stamp before it, where it begins with no input.
+            if [node.node for node in run.nodes][-len(expected) + 1 :] != expected[1:]:
+                raise NotSeparableError("with stamps between the modules, the nodes run in another order")
+        return runs
+
+    def _runs(self, session: Any, cell: Cell, repeats: int) -> list[Run]:
+        return [node_run(*each, self.nodes) for each in self._stamps(session, cell, repeats)]
+
+    def _stamps(self, session: Any, cell: Cell, repeats: int) -> list[tuple[int, int, StampedRun]]:
+        """Start and end of each forward, and its stamps, with `session` in the place of the engine's own."""
         walls_ns, stamps = [], []
-        with self.in_place_of(model), stamps_of(self.library, 4 * len(self.nodes)) as take:
-            for _ in range(_WARM_UP):
-                cell.call()
-            for _ in range(repeats):
-                take()
-                start_ns = time.perf_counter_ns()
-                cell.call()
-                walls_ns.append((start_ns, time.perf_counter_ns()))
-                stamps.append(take())
-        return [
-            node_run(start_ns, end_ns, run, self.nodes)
-            for (start_ns, end_ns), run in zip(walls_ns, stamped_runs(stamps), strict=True)
-        ]
+        plain, self._engine.session = self._engine.session, session
+        try:
+            with stamps_of(self._library, _STAMPS_A_NODE * len(self.nodes)) as take:
+                for _ in range(_WARM_UP):
+                    cell.call()
+                for _ in range(repeats):
+                    take()
+                    start_ns = time.perf_counter_ns()
+                    cell.call()
+                    walls_ns.append((start_ns, time.perf_counter_ns()))
+                    stamps.append(take())
+        finally:
+            self._engine.session = plain
+        return [(*wall, run) for wall, run in zip(walls_ns, stamped_runs(stamps), strict=True)]
+
+    def _stamped(self, optimized: Path, chosen: Sequence[int] | None) -> tuple[Any, list[Any]]:
+        """A session of the optimized graph with stamps, and the node of each place."""
+        import onnx
+        import onnxruntime
+
+        model = onnx.load(str(optimized), load_external_data=False)
+        places = add_stamps(model.graph, chosen)
+        if all(each.domain != DOMAIN for each in model.opset_import):
+            model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+        stamped = optimized.with_name("stamped.onnx")  # beside its weights
+        onnx.save(model, str(stamped))
+        options = self._options(own_kernels=True)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(str(stamped), options, providers=["CPUExecutionProvider"])
+        return session, places
+
+    def _options(self, *, own_kernels: bool) -> Any:
+        import onnxruntime
+
+        from ultramem.export.onnx_plugin import register
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # it warns that an optimized file is for this machine alone
+        if self._threads > 0:
+            options.intra_op_num_threads = self._threads
+        if own_kernels:
+            register(options)
+        return options
+
+    def _named(self, place: int) -> tuple[str, str, str]:
+        named = self.nodes[place]
+        assert named is not None, "an input has no time of its own"
+        return named
 
 
-def onnx_stages(
-    stamped: StampedSession, model: OnnxModel, cell: Cell, *, repeats: int, device: torch.device
-) -> StageTimes:
-    """Stages of the cell, whose engine runs `model`."""
-    return stages_in_turns(
-        cell, METHOD, lambda count: stamped.runs(model, cell, count), repeats=repeats, device=device
-    )
+def onnx_stages(stamped: StampedSessions, cell: Cell, *, repeats: int, device: torch.device) -> StageTimes:
+    """Stages of the cell, whose engine the sessions were made for."""
+    return stages_in_turns(cell, METHOD, lambda count: stamped.runs(cell, count), repeats=repeats, device=device)
 
 
-def open_stamped(model_path: Path, model: OnnxModel) -> StampedSession | str:
-    """The stamped graph of an export; or why there is none."""
+def open_stamped(model_path: Path, engine: OnnxModel, cell: Cell) -> StampedSessions | str:
+    """The stamped graphs of an export; or why there are none."""
     from ultramem.export.onnx_plugin import find_plugin
 
     plugin = find_plugin()
     if plugin.file is None:
         return f"stamps are a kernel of this package: {plugin.problem}"
-    own_kernels = not model.kernels.startswith("standard operators")
-    return StampedSession(model_path, model.session, plugin.file, own_kernels=own_kernels)
-
-
-def _options(threads: int, *, own_kernels: bool) -> Any:
-    import onnxruntime
-
-    from ultramem.export.onnx_plugin import register
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns that an optimized file is for this machine alone
-    if threads > 0:
-        options.intra_op_num_threads = threads
-    if own_kernels:
-        register(options)
-    return options
+    return StampedSessions(model_path, engine, plugin.file, cell)
 
 
 def modules_of_file(model_path: Path) -> dict[str, str]:
@@ -144,25 +164,29 @@ def modules_of_file(model_path: Path) -> dict[str, str]:
     return found
 
 
-def node_run(
-    start_ns: int, end_ns: int, run: StampedRun, nodes: Sequence[tuple[str, str, str] | None]
-) -> Run:
-    """The forward from `start_ns` to `end_ns`; places that are no node, but an input, are left out."""
+def node_run(start_ns: int, end_ns: int, run: StampedRun, nodes: Sequence[tuple[str, str, str] | None]) -> Run:
+    """The forward from `start_ns` to `end_ns`; what lies before the stamp of an input belongs to the node after it."""
     found = []
+    begun: Interval | None = None
+    waited_ns = 0.0
     for interval in run.intervals:
+        begun = begun or interval
         named = nodes[interval.place]
         if named is None:
+            waited_ns += interval.time_ns
             continue
         name, operator, module = named
+        time_us = (interval.time_ns + waited_ns) / 1e3
         found.append(
             NodeTime(
                 node=name,
                 kind=operator,
                 modules=(module,),
                 stages=(stage_of_module(module),),
-                start_us=(interval.start_ns - start_ns - interval.stamps_before_ns) / 1e3,
-                time_us=interval.time_ns / 1e3,
-                span_us=interval.time_ns / 1e3,
+                start_us=(begun.start_ns - start_ns - begun.stamps_before_ns) / 1e3,
+                time_us=time_us,
+                span_us=time_us,
             )
         )
+        begun, waited_ns = None, 0.0
     return Run((end_ns - start_ns) / 1e3, tuple(found), run.stamps_ns / 1e3)

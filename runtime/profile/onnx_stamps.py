@@ -1,4 +1,4 @@
-"""A graph of ONNX Runtime with a stamp behind every node, and the times that stamps tell.
+"""A graph of ONNX Runtime with stamps behind its nodes, and the times that stamps tell.
 
 ONNX Runtime's own profiler writes a record of several microseconds into the time of each node: more than a node of a
 decode step takes. A stamp (`ops/native/onnx/stamps.h`) hands its tensor on and notes when it was entered and left. What
@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,8 +53,12 @@ class StampedRun(NamedTuple):
     """What the stamps took in all, with their dispatch."""
 
 
-def add_stamps(graph: Any) -> list[Any]:
-    """Put a stamp behind every node of an `onnx.GraphProto`, and behind the inputs of tokens and masks.
+def add_stamps(graph: Any, chosen: Collection[int] | None = None) -> list[Any]:
+    """Put stamps behind nodes of an `onnx.GraphProto`, and behind the inputs of tokens and masks.
+
+    Args:
+        graph: changed in place.
+        chosen: places of the nodes; None: all.
 
     Returns:
         The node of each place; None for an input.
@@ -82,6 +86,8 @@ def add_stamps(graph: Any) -> list[Any]:
             node.input[index] = renamed.get(name, name)
     for node in kept:
         places.append(node)
+        if chosen is not None and len(places) - 1 not in chosen:
+            continue
         for index, name in enumerate(node.output):
             if name and name in taken:
                 node.output[index] = name + _UNSTAMPED

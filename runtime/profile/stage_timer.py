@@ -9,7 +9,7 @@ from ultramem.graph import Transformer
 from ultramem.runtime.profile.eager_stages import eager_stages
 from ultramem.runtime.profile.inductor_stages import kernel_stages
 from ultramem.runtime.profile.measure import Cell, percentile
-from ultramem.runtime.profile.onnx_stages import StampedSession, onnx_stages, open_stamped
+from ultramem.runtime.profile.onnx_stages import StampedSessions, onnx_stages, open_stamped
 from ultramem.runtime.profile.opening import Opened
 from ultramem.runtime.profile.schema import StageTimes
 from ultramem.runtime.profile.stages import not_separable
@@ -25,7 +25,7 @@ class StageTimer:
     def __init__(self, model: Transformer, opened: Opened) -> None:
         self._model = model
         self._opened = opened
-        self._stamped: StampedSession | str | None = None
+        self._stamped: StampedSessions | str | None = None
         """Opened at the first cell; a text says why it cannot be."""
 
     def stages(self, cell: Cell) -> StageTimes:
@@ -47,7 +47,7 @@ class StageTimer:
     def _onnx_stages(self, model: OnnxModel, cell: Cell, repeats: int, device: torch.device) -> StageTimes:
         if self._stamped is None:
             assert self._opened.folder is not None
-            self._stamped = open_stamped(self._opened.folder / "model.onnx", model)
+            self._stamped = open_stamped(self._opened.folder / "model.onnx", model, cell)
         if isinstance(self._stamped, str):
             return not_separable(cell, self._stamped)
-        return onnx_stages(self._stamped, model, cell, repeats=repeats, device=device)
+        return onnx_stages(self._stamped, cell, repeats=repeats, device=device)

@@ -13,7 +13,7 @@ ROOM = 1.25
 """Factor of room above and below the values."""
 LABEL_WIDTH = 7.0
 """Room of a number below the axis on a phone, in percent of the plot."""
-MAX_MARKS = 6
+MAX_MARKS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +85,7 @@ def sweep_plot(
     x_labels = "".join(f'<span style="left:{across(x):.2f}%">{x:,g}</span>' for x in _apart(xs, across))
     return (
         f'<div class="plot sweep" role="img" aria-label="{escape(summary)}">'
-        f'<div class="y-title">{escape(f"{y_title}, {unit}")}</div><div class="y">{y_labels}</div>'
+        f'<div class="y-title">{escape(f"{unit} {y_title}")}</div><div class="y">{y_labels}</div>'
         f'<div class="canvas" data-low="{y_low!r}" data-high="{y_high!r}">'
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{"".join(shapes)}</svg>'
         f'{"".join(dots)}</div><div class="x"><i></i>{x_labels}</div><div class="title">{escape(x_title)}</div></div>'

@@ -187,10 +187,11 @@ def test_eager_operators_are_the_outermost_of_their_module() -> None:
     ]
 
 
-def test_hooks_are_gone_after_a_profile() -> None:
+def test_nothing_is_left_in_the_model_after_a_profile() -> None:
     model = make_model()
     make_profile(Eager(model), batches=(1,))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
     assert not torch.autograd.profiler._is_profiler_enabled
 
 
