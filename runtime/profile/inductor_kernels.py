@@ -40,12 +40,43 @@ class Kernel(NamedTuple):
 def profiled_compilation() -> Iterator[None]:
     """What is compiled inside the block can be told apart by stages."""
     from torch._inductor import config
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
     from torch.compiler import config as compiler_config
 
     # A graph from the compiler's cache has the stack traces of the sources that it was compiled from, which may stand
     # elsewhere, or have other lines, by now.
-    with config.patch(COMPILE_OPTIONS), compiler_config.patch(cache_key_tag=sources_tag()):
+    with (
+        config.patch(COMPILE_OPTIONS),
+        compiler_config.patch(cache_key_tag=sources_tag()),
+        _without_stack_traces(CppWrapperCpu),
+    ):
         yield
+
+
+@contextlib.contextmanager
+def _without_stack_traces(wrapper: type) -> Iterator[None]:
+    """Leave the kernels' stack traces out of the code that AOTInductor generates.
+
+    With kernel profiling on, the code would read a kernel's traces line by line before each launch of it, which took a
+    decode step as long again as the kernels. They are for messages about a kernel that failed.
+    """
+    guard, call = (
+        getattr(wrapper, name, None) for name in ("write_kernel_context_guard", "generate_c_shim_extern_kernel_call")
+    )
+    if guard is None or call is None:  # a version of torch that writes none
+        yield
+        return
+
+    def call_without(self: Any, *args: Any, **kwargs: Any) -> None:
+        call(self, *args, **{**kwargs, "stack_traces": None})
+
+    setattr(wrapper, guard.__name__, lambda *args, **kwargs: None)
+    setattr(wrapper, call.__name__, call_without)
+    try:
+        yield
+    finally:
+        setattr(wrapper, guard.__name__, guard)
+        setattr(wrapper, call.__name__, call)
 
 
 @contextlib.contextmanager
