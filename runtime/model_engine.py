@@ -145,7 +145,7 @@ class CompiledEngine(_ModelEngine):
 
 
 def _own_copy(tensor: Tensor) -> Tensor:
-    """A copy without gaps: the compiler guards strides, and a slice of one sequence is contiguous whatever its own is."""
+    """A copy with strides of its own: the compiler guards them, and those of a slice of one sequence may be any."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

@@ -1,7 +1,7 @@
 """The `ultramem` command: it parses, calls and prints; what it calls says what is wrong with bad input.
 
-Exit codes: 0 done, 1 a profile that --fail-if or --check-sums fails, 2 bad input (one line on stderr), 130 stopped by Ctrl-C
-with the work saved, 141 where whoever read the output has gone.
+Exit codes: 0 done, 1 a profile that --fail-if or --check-sums fails, 2 bad input (one line on stderr), 130 stopped by
+Ctrl-C with the work saved, 141 where whoever read the output has gone.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from ultramem.runtime.profile.request_schema import Request, RowUse
 from ultramem.runtime.profile.schema import (
     EngineRecord,
     Latency,
+    ModuleRow,
     NodeRow,
     Profile,
     ProfiledModel,
@@ -29,6 +30,7 @@ __all__ = [
     "EngineRecord",
     "Latency",
     "Machine",
+    "ModuleRow",
     "NodeRow",
     "Profile",
     "ProfiledModel",

@@ -1,7 +1,7 @@
 """Two instruments as one: one that costs little says how long a module takes, one that costs much how that divides.
 
-A timer around each of thirty modules disturbs a forward by a few percent. What tells its hundreds of operators apart takes
-as long as they do; of it, shares are taken and not times.
+A timer around each of thirty modules disturbs a forward little. What tells its hundreds of operators apart takes as
+long as they do: of it, shares are taken and not times.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Stages and nodes of eager: timers around the modules, and on a CPU the operators in them by the profiler.
 
 The profiler writes a record of each of a thousand operators, most of them inside of others, which takes a third of the
-time of a decode step. Timers around the thirty modules that are stages take little. So they say how long a module takes,
-and the profiler, in forwards of its own, how that divides among the module's operators.
+time of a decode step. Timers around the thirty modules that are stages take little. So they say how long a module
+takes, and the profiler, in forwards of its own, how that divides among the module's operators.
 """
 
 from __future__ import annotations
@@ -167,9 +167,7 @@ def _now_ns(device: torch.device) -> int:
 
 
 def _timed_node(name: str, start_ns: int, time_ns: int) -> NodeTime:
-    return NodeTime(
-        name, MODULE_KIND, (name,), (stage_of_module(name),), start_ns / 1e3, time_ns / 1e3, time_ns / 1e3
-    )
+    return NodeTime(name, MODULE_KIND, (name,), (stage_of_module(name),), start_ns / 1e3, time_ns / 1e3, time_ns / 1e3)
 
 
 def timer_cost(device: torch.device) -> TimerCost:

@@ -47,7 +47,7 @@ def profiled_compilation() -> Iterator[None]:
     # elsewhere, or have other lines, by now.
     with (
         config.patch(COMPILE_OPTIONS),
-        compiler_config.patch(cache_key_tag=sources_tag()),
+        compiler_config.patch(cache_key_tag=sources_tag()),  # type: ignore[attr-defined]  # installed at import
         _without_stack_traces(CppWrapperCpu),
     ):
         yield

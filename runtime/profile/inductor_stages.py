@@ -25,9 +25,7 @@ METHOD = "profiler events of the generated kernels, the measured cost of an even
 _COMPILED_GRAPH = "## Call CompiledFxGraph"
 
 
-def kernel_stages(
-    cell: Cell, graphs: Sequence[Sequence[Kernel]], *, repeats: int, device: torch.device
-) -> StageTimes:
+def kernel_stages(cell: Cell, graphs: Sequence[Sequence[Kernel]], *, repeats: int, device: torch.device) -> StageTimes:
     """Time of each kernel and set of stages, from the profiler's events of the generated kernels."""
     if not any(graphs):
         return not_separable(

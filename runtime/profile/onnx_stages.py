@@ -1,4 +1,4 @@
-"""Stages and nodes of ONNX Runtime: the graph that it runs, with stamps between modules, and with one behind each node."""
+"""Stages and nodes of ONNX Runtime: the graph that it runs, with stamps between modules and behind every node."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ultramem.runtime.profile.stage_turns import NotSeparableError, stages_in_tu
 from ultramem.runtime.profile.stages import NodeTime, Run
 
 METHOD = (
-    "stamps in ONNX Runtime's graph where it goes from one module to another, their measured cost taken off; a module's "
-    "time is divided among its nodes as in forwards with a stamp behind every node. A node is timed with the runtime's "
-    "dispatch of it, and a norm that the runtime fused counts with the attention or MLP behind it"
+    "stamps in ONNX Runtime's graph where it goes from one module to another, their measured cost taken off; a "
+    "module's time is divided among its nodes as in forwards with a stamp behind every node. A node is timed with the "
+    "runtime's dispatch of it, and a norm that the runtime fused counts with the attention or MLP behind it"
 )
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _WEIGHTS_OUTSIDE = {"file_name": "optimized.data", "min_size_in_bytes": "1024"}
@@ -34,7 +34,7 @@ _WARM_UP = 3
 
 
 class StampedSessions:
-    """Two more sessions of an engine's export: the same nodes with a stamp behind each, and with stamps between modules."""
+    """Two more sessions of an engine's export: with a stamp behind every node, and with stamps between modules."""
 
     def __init__(self, model_path: Path, engine: OnnxModel, library: Path, cell: Cell) -> None:
         """`engine` runs `cell`, which says in what order the nodes run."""

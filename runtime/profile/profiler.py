@@ -12,8 +12,8 @@ from ultramem.config import to_dict
 from ultramem.counts import count
 from ultramem.graph import Transformer
 from ultramem.machine import Machine, measure_machine
+from ultramem.runtime.profile.arithmetic import modules_of_stages
 from ultramem.runtime.profile.measure import (
-    Cell,
     Engine,
     Inputs,
     check_agreement,
@@ -126,7 +126,15 @@ def profile(
                 for timer, cell in zip(timers, turn, strict=True):
                     times = timer.stages(cell)
                     difference = agreements[cell.engine].max_abs_difference
-                    stages.append(with_roofs(times, arithmetic, machine, max_abs_difference=difference))
+                    stages.append(
+                        with_roofs(
+                            times,
+                            arithmetic,
+                            machine,
+                            modules_of_stages=modules_of_stages(model.config),
+                            max_abs_difference=difference,
+                        )
+                    )
             progress(f"timing requests at batch {batch}")
             requests += _requests(opened, inputs, settings, stages[-len(opened) :], device)
             row_use += rows_touched(model, inputs)

@@ -65,7 +65,7 @@ class EngineRecord:
     """Graphs that torch.compile made meanwhile."""
     graph_breaks: int
     cached_graphs: int
-    """Graphs that came compiled from torch.compile's cache on disk: the warm-up is without the time of compiling them."""
+    """Graphs that came compiled from torch.compile's cache on disk: the warm-up lacks the time of compiling them."""
     memory_bytes: int | None
     """Highest resident memory while preparing, less the resident memory before; None where it is not known."""
     memory_method: str
@@ -134,6 +134,32 @@ class StageRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleRow:
+    """Time in one module, or in nodes that compute for several: what rows of different engines have in common."""
+
+    modules: tuple[str, ...]
+    """As in `NodeRow`."""
+    stages: tuple[str, ...]
+    time_us: float
+    """Per forward, mean of the faster half of the runs."""
+    p50_us: float
+    """Of all runs, as p90 and p99."""
+    p90_us: float
+    p99_us: float
+    calls: int
+    """Nodes of the graph that ran in it per forward."""
+    is_whole: bool
+    """False: other rows hold a part of these modules too."""
+    flops: int | None
+    """By arithmetic, as of a stage: None for parts of several modules, and for modules whose work is not counted."""
+    bytes: int | None
+    flops_per_byte: float | None
+    bandwidth_share: float | None
+    """Bytes / time / measured bandwidth; where the row is not whole, an upper bound."""
+    compute_share: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NodeRow:
     """Time in one node of the graph that really ran: an operator, or a generated kernel."""
 
@@ -173,8 +199,8 @@ class StageTimes:
     runs: int
     """Instrumented forwards."""
     plain_us: float
-    """Wall time without instruments, of forwards that take turns with the instrumented ones: mean of the faster half, as
-    all times here."""
+    """Wall time without instruments, of forwards that take turns with the instrumented ones: mean of the faster half,
+    as all times here."""
     instrumented_us: float
     """Wall time with instruments."""
     instrument_us: float
@@ -190,6 +216,7 @@ class StageTimes:
     max_abs_difference: float
     """Parity error of the engine, as in its `EngineRecord`."""
     rows: tuple[StageRow, ...]
+    modules: tuple[ModuleRow, ...]
     nodes: tuple[NodeRow, ...]
     launches: int
     """Kernels or operators that the forward launched, those outside the stages included."""

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from ultramem.runtime.profile.arithmetic import STAGES
 from ultramem.runtime.profile.measure import Cell, percentile
-from ultramem.runtime.profile.schema import NodeRow, StageRow, StageTimes
+from ultramem.runtime.profile.schema import ModuleRow, NodeRow, StageRow, StageTimes
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -100,6 +100,7 @@ def summarize(cell: Cell, method: str, turns: Sequence[Turn]) -> StageTimes:
         fastest_us=by_speed[0].sum_us,
         max_abs_difference=0.0,
         rows=rows,
+        modules=_module_rows(by_speed, len(kept)),
         nodes=_node_rows(by_speed, len(kept)),
         launches=sum(row.calls for row in rows),
         unattributed_us=sum_us - explained_us,
@@ -126,6 +127,7 @@ def not_separable(cell: Cell, note: str) -> StageTimes:
         fastest_us=plain_us,
         max_abs_difference=0.0,
         rows=(),
+        modules=(),
         nodes=(),
         launches=0,
         unattributed_us=plain_us,
@@ -144,6 +146,26 @@ def _stage_row(stages: tuple[str, ...], times: _Times, all_rows: Sequence[tuple[
         flops_per_byte=None,
         bandwidth_share=None,
         compute_share=None,
+    )
+
+
+def _module_rows(by_speed: Sequence[Run], kept: int) -> tuple[ModuleRow, ...]:
+    """Single modules first, in the order in which they run; nodes that do not say theirs are in none."""
+    stages = {node.modules: node.stages for run in by_speed for node in run.nodes if node.modules}
+    times = _times(by_speed, kept, lambda node: node.modules)
+    return tuple(
+        ModuleRow(
+            modules=modules,
+            stages=stages[modules],
+            **times[modules]._asdict(),
+            is_whole=not any(set(modules) & set(other) for other in stages if other != modules),
+            flops=None,
+            bytes=None,
+            flops_per_byte=None,
+            bandwidth_share=None,
+            compute_share=None,
+        )
+        for modules in sorted(stages, key=len)
     )
 
 

@@ -42,7 +42,9 @@ def wide_console() -> Console:
 
 def engine_table(profile: Profile) -> Table:
     """What comes before the first token, and parity."""
-    table = _table("Engines", ("engine",), ("export", "open", "compile, warm-up", "memory", "graphs", "cached", "breaks"))
+    table = _table(
+        "Engines", ("engine",), ("export", "open", "compile, warm-up", "memory", "graphs", "cached", "breaks")
+    )
     for heading in ("largest difference", "accepted"):
         table.add_column(heading, justify="right")
     for row in profile.engines:

@@ -50,8 +50,8 @@ def stage_section(sources: Sequence[Source]) -> str:
     return section(
         _stage_headline(sources[0]),
         legend(entries),
-        f"<figure>{''.join(blocks)}<figcaption>Each bar is an instrumented forward, without what the instruments cost by "
-        "a measurement of their own. How the stages are told apart:"
+        f"<figure>{''.join(blocks)}<figcaption>Each bar is an instrumented forward, without what the "
+        "instruments cost by a measurement of their own. How the stages are told apart:"
         f"</figcaption></figure><ul>{how}</ul>",
         f"<h3>What the stages add up to, beside the same forward without instruments</h3>{_sum_table(sources)}",
         waterfalls,

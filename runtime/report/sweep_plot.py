@@ -93,7 +93,7 @@ def sweep_plot(
 
 
 def marks_between(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten from `low` to `high`; the powers alone, or every other one, where these are many."""
+    """1, 2 and 5 times powers of ten from `low` to `high`; where these are many the powers, or every other one."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     powers = range(first, last + 1)
     every = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]

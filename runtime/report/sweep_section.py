@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ultramem.runtime.profile.units import number_text, time_text
-from ultramem.runtime.report.page import Cell, details, escape, section, table, text_cell
+from ultramem.runtime.report.page import Cell, details, escape, section, table
 from ultramem.runtime.report.source import NONE, SERIES, Source, chosen, engine_name, phase_title, time_scale
 from ultramem.runtime.report.sweep_plot import SweepCurve, SweepPoint, sweep_plot
 
@@ -55,9 +55,9 @@ def sweep_section(sources: Sequence[Source]) -> str:
         for figure in figures
     )
     caption = (
-        "Both axes are logarithmic. Where a line is level, more sequences at a time cost nothing; where the time grows by "
-        "the factor that the sequences do, each costs as much as alone. Line: median. Band: from the lowest to the highest "
-        "median of a round."
+        "Both axes are logarithmic. Where a line is level, more sequences at a time cost nothing; where the time grows "
+        "by the factor that the sequences do, each costs as much as alone. Line: median. Band: from the lowest to the "
+        "highest median of a round."
     )
     return section(
         _headline(sources[0]),

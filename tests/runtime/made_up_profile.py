@@ -35,6 +35,18 @@ def node_rows(engine: str, sum_us: float) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def module_rows(engine: str, sum_us: float) -> list[dict[str, Any]]:
+    """One that is known and whole, one without arithmetic, and of the compiled engine one over two modules."""
+    rows = [stage_row(["attention"], 0.02 * sum_us), stage_row(["other"], 0.05 * sum_us)]
+    named = [["blocks.0.attention"], ["model"]]
+    if engine == "compile":
+        rows.append(stage_row(["attention", "other"], 0.03 * sum_us, is_whole=False))
+        named.append(["blocks.1.attention", "model"])
+    for name in ("flops", "bytes", "flops_per_byte", "bandwidth_share", "compute_share"):
+        rows[1][name] = None
+    return [{"modules": modules, **row} for modules, row in zip(named, rows, strict=True)]
+
+
 def make_document(name: str = "a<b>&c") -> dict[str, Any]:
     """A profile of two engines, one of them with fused stages, as a file holds it."""
     latency, stages, arithmetic, requests = [], [], [], []
@@ -84,6 +96,7 @@ def make_document(name: str = "a<b>&c") -> dict[str, Any]:
                         "sum_us": 1.2 * p50_us, "sum_ratio": 1.2 / 0.98, "turn_sum_ratios": [1.15, 1.03, 1.31],
                         "fastest_us": 1.1 * p50_us,
                         "max_abs_difference": 3.8e-6 * place, "launches": 30, "rows": rows,
+                        "modules": module_rows(engine, 1.2 * p50_us),
                         "nodes": node_rows(engine, 1.2 * p50_us), "unattributed_us": 1.2 * p50_us - explained_us,
                         "coverage": explained_us / (1.2 * p50_us),
                     }
@@ -121,8 +134,9 @@ def make_document(name: str = "a<b>&c") -> dict[str, Any]:
         "engines": [
             {
                 "name": engine, "prepare_seconds": 61.74, "export_seconds": 0.0, "open_seconds": 0.14,
-                "warm_up_seconds": 61.6, "graphs": 4, "graph_breaks": 0, "cached_graphs": 2, "memory_bytes": 123_456_789,
-                "memory_method": "VmHWM", "max_abs_difference": difference, "tolerance": 1.3e-5,
+                "warm_up_seconds": 61.6, "graphs": 4, "graph_breaks": 0, "cached_graphs": 2,
+                "memory_bytes": 123_456_789, "memory_method": "VmHWM", "max_abs_difference": difference,
+                "tolerance": 1.3e-5,
             }
             for engine, difference in (("eager", 0.0), ("compile", 3.8e-06))
         ],

@@ -12,7 +12,7 @@ from made_up_profile import make_document
 from profile_cases import make_model
 
 from ultramem.runtime.profile.divided_runs import divided
-from ultramem.runtime.profile.eager_stages import timer_cost, timed_runs
+from ultramem.runtime.profile.eager_stages import timed_runs, timer_cost
 from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.onnx_stamps import Stamp, StampedRun, add_stamps, stamped_runs, stamps_of
 from ultramem.runtime.profile.profiled_calls import event_cost_us

@@ -18,6 +18,7 @@ from ultramem.graph.coarse_keys import CoarseScore, CoarseSelect
 from ultramem.graph.fold_values import ProjectedOutput
 from ultramem.graph.transformer import Cache
 from ultramem.runtime.profile import STAGES, Profile, profile
+from ultramem.runtime.profile.arithmetic import modules_of_stages
 from ultramem.runtime.profile.eager_stages import eager_runs
 from ultramem.runtime.profile.inductor_kernels import Kernel, modules_of_graph, packaged_kernels
 from ultramem.runtime.profile.inductor_stages import _same_name, kernel_stages
@@ -28,7 +29,6 @@ from ultramem.runtime.profile.roofs import stage_arithmetic, with_roofs
 from ultramem.runtime.profile.stack_traces import stages_of_traces
 from ultramem.runtime.profile.stage_turns import TURNS
 from ultramem.runtime.profile.stages import NodeTime, Run, Turn, summarize
-
 
 CPU = torch.device("cpu")
 
@@ -122,7 +122,13 @@ def test_roofs_of_a_row_are_its_stages_arithmetic() -> None:
         Run(10.0, (node("a", 2.0, "mlp"), node("b", 2.0, "score", "select"), node("c", 1.0, "attention", "head"),
                    node("d", 1.0, "head")))
     ]  # fmt: skip
-    times = with_roofs(summarize(make_cell(), "", [Turn([10.0], runs)]), tuple(costs.values()), MACHINE, max_abs_difference=0.5)
+    times = with_roofs(
+        summarize(make_cell(), "", [Turn([10.0], runs)]),
+        tuple(costs.values()),
+        MACHINE,
+        modules_of_stages={},
+        max_abs_difference=0.5,
+    )
     assert times.max_abs_difference == 0.5
     rows = {row.stages: row for row in times.rows}
     assert rows["mlp",].is_whole
@@ -135,6 +141,44 @@ def test_roofs_of_a_row_are_its_stages_arithmetic() -> None:
     # What is fused over parts of stages has no arithmetic of its own; the other part has an upper bound.
     assert (rows["attention", "head"].is_whole, rows["attention", "head"].flops) == (False, None)
     assert (rows["head",].is_whole, rows["head",].flops) == (False, costs["head"].flops)
+
+
+def test_roofs_of_a_module_are_its_part_of_the_stage(eager_profile: Profile) -> None:
+    """Two memories, three blocks with an MLP each, and a head."""
+    (times,) = [each for each in eager_profile.stages if (each.phase, each.batch) == ("decode", 3)]
+    stages = {row.stages[0]: row for row in times.rows}
+    modules = {row.modules[0]: row for row in times.modules}
+    for name, number in (("memories.1.lookup", 2), ("blocks.2.mlp", 3), ("blocks.0.attention", 3), ("head", 1)):
+        row, stage = modules[name], stages[name.rpartition(".")[2]]
+        assert row.is_whole
+        assert row.stages == stage.stages
+        assert (row.flops, row.bytes) == (stage.flops // number, stage.bytes // number)
+        assert row.flops_per_byte == row.flops / row.bytes
+        assert row.bandwidth_share == pytest.approx(row.bytes / (row.time_us * 1e-6) / 2e10)
+        own = [node for node in times.nodes if node.modules == (name,)]
+        assert row.time_us == pytest.approx(sum(node.time_us for node in own))
+        assert row.calls == sum(node.calls for node in own)
+    assert (modules["model"].flops, modules["blocks.0.mlp_norm"].bytes) == (None, None)
+    assert sum(row.time_us for row in times.modules) == pytest.approx(sum(row.time_us for row in times.rows))
+
+
+def test_modules_that_are_fused_in_part_have_no_arithmetic() -> None:
+    measured = make_profile(batches=(1,))
+    costs = [cost for cost in measured.arithmetic if cost.phase == "decode"]
+    nodes = [
+        NodeTime("a", "op", modules, ("mlp",), 0.0, 2.0, 2.0)
+        for modules in (("blocks.0.mlp",), ("blocks.0.mlp", "head"), ("blocks.1.mlp", "blocks.2.mlp"), ())
+    ]
+    times = summarize(make_cell(), "", [Turn([10.0], [Run(10.0, tuple(nodes))])])
+    found = with_roofs(
+        times, costs, MACHINE, modules_of_stages=modules_of_stages(make_model().config), max_abs_difference=0.0
+    ).modules
+    mlp = next(cost for cost in costs if cost.stage == "mlp")
+    assert [(row.modules, row.is_whole, row.flops) for row in found] == [
+        (("blocks.0.mlp",), False, mlp.flops // 3),
+        (("blocks.0.mlp", "head"), False, None),
+        (("blocks.1.mlp", "blocks.2.mlp"), True, 2 * (mlp.flops // 3)),
+    ]
 
 
 # Eager

@@ -28,6 +28,7 @@ def test_the_made_up_profile_has_the_fields_of_the_schema() -> None:
         (document["latency"], schema.Latency),
         (document["stages"], schema.StageTimes),
         ([row for times in document["stages"] for row in times["rows"]], schema.StageRow),
+        ([row for times in document["stages"] for row in times["modules"]], schema.ModuleRow),
         ([row for times in document["stages"] for row in times["nodes"]], schema.NodeRow),
         (document["arithmetic"], schema.StageArithmetic),
     ):
@@ -45,12 +46,18 @@ def test_profile_page_shows_the_numbers_of_its_json() -> None:
         for name in ("p50_us", "p90_us", "p99_us", "tokens_per_second", "bandwidth_share", "compute_share"):
             assert f"/latency/{index}/{name}" in pointers
     for index, times in enumerate(document["stages"]):
-        assert {f"/stages/{index}/{name}" for name in ("coverage", "sum_ratio", "plain_us", "instrument_us", "max_abs_difference")} <= pointers
+        assert {
+            f"/stages/{index}/{name}"
+            for name in ("coverage", "sum_ratio", "plain_us", "instrument_us", "max_abs_difference")
+        } <= pointers
         assert all(f"/stages/{index}/rows/{place}/time_us" in pointers for place in range(len(times["rows"])))
         for place, row in enumerate(times["rows"]):
             for name in ("p50_us", "p99_us", "calls", "flops", "bytes", "flops_per_byte", "bandwidth_share"):
                 assert (f"/stages/{index}/rows/{place}/{name}" in pointers) == (row[name] is not None)
         assert all(f"/stages/{index}/nodes/{place}/p90_us" in pointers for place in range(NODES))
+        for place, row in enumerate(times["modules"]):
+            for name in ("time_us", "bandwidth_share", "compute_share"):
+                assert (f"/stages/{index}/modules/{place}/{name}" in pointers) == (row[name] is not None)
     for index in range(len(document["arithmetic"])):
         assert f"/arithmetic/{index}/total_bytes" in pointers
     for index, row in enumerate(document["requests"]):
@@ -58,7 +65,15 @@ def test_profile_page_shows_the_numbers_of_its_json() -> None:
             assert f"/requests/{index}/{name}" in pointers
         assert (f"/requests/{index}/launches_per_step" in pointers) == (row["launches_per_step"] is not None)
     for index in range(len(document["engines"])):
-        for name in ("export_seconds", "open_seconds", "warm_up_seconds", "graphs", "graph_breaks", "cached_graphs", "memory_bytes"):
+        for name in (
+            "export_seconds",
+            "open_seconds",
+            "warm_up_seconds",
+            "graphs",
+            "graph_breaks",
+            "cached_graphs",
+            "memory_bytes",
+        ):
             assert f"/engines/{index}/{name}" in pointers
     assert {f"/row_use/{index}/rows_touched" for index in range(4)} <= pointers
 
@@ -145,7 +160,9 @@ def test_sweeps_show_every_engine_and_model_at_every_batch() -> None:
     lines = re.findall(r'class="strong" style="(stroke:[^"]+)"', render_profile(one, two))
     assert len(lines) == 4 * 4
     assert len(set(lines)) == 4
-    assert "From batch 1 to 8 a decode step of one takes 8.0 times as long on torch.compile" in page.text.replace("\u00a0", " ")
+    assert "From batch 1 to 8 a decode step of one takes 8.0 times as long on torch.compile" in page.text.replace(
+        "\u00a0", " "
+    )
 
 
 def test_one_batch_is_no_sweep() -> None:
@@ -169,7 +186,7 @@ def test_points_of_a_sweep_stand_where_their_values_are() -> None:
     assert top - half == pytest.approx(half - low)
     assert top > half > low
     marks = re.findall(r'<span style="top:([\d.]+)%">([\d.]+)</span>', text)
-    assert dict((label, float(place)) for place, label in marks)["10"] == pytest.approx(half, abs=0.02)
+    assert {label: float(place) for place, label in marks}["10"] == pytest.approx(half, abs=0.02)
     (band,) = re.findall(r'class="band" style="fill:red" points="([^"]+)"', text)
     corners = [tuple(map(float, pair.split(","))) for pair in band.split()]
     assert len(corners) == 6
@@ -202,7 +219,7 @@ def test_what_is_not_separable_says_so() -> None:
     document = make_document()
     for times in document["stages"]:
         whole = {"unattributed_us": times["sum_us"], "coverage": 0.0, "method": "not separable", "note": "as it is"}
-        times.update(rows=[], turn_sum_ratios=[], **whole)
+        times.update(rows=[], modules=[], turn_sum_ratios=[], **whole)
     page = Page(render_profile(document))
     check_numbers(page)
     assert "not separable: as it is" in page.text
