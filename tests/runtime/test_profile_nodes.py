@@ -407,3 +407,8 @@ def test_every_engine_shows_its_stages_and_modules(tmp_path: Path) -> None:
         assert request.recompiles == 0
         assert request.launches_per_step
     assert [engine.graph_breaks for engine in found.engines] == [0, 0, 0, 0]
+    with zipfile.ZipFile(tmp_path / "aoti/model.pt2") as package:
+        sources = [package.read(name).decode() for name in package.namelist() if name.endswith(".wrapper.cpp")]
+    # Code that is for a profile does not read its kernels' stack traces, or a launch would take longer than a kernel.
+    assert sources
+    assert not any('File "' in source for source in sources)
