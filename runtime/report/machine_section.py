@@ -39,8 +39,8 @@ def machine_section(sources: Sequence[Source]) -> str:
         f"The engines take turns in {settings['rounds']} rounds after a warm-up; each engine, batch and phase has "
         f"{number_text(settings['seconds_per_cell'])} s or {settings['max_samples']} samples, whichever ends first. "
         "A decode step always starts from the same cache.",
-        "Times of stages and nodes come from separate instrumented forwards, which take turns with plain ones: the mean "
-        "of the faster half of them, and percentiles of all. What the instruments cost is measured and taken off.",
+        "Times of stages and nodes come from separate instrumented forwards, which take turns with plain ones: the "
+        "mean of the faster half of them, and percentiles of all. What the instruments cost is measured and taken off.",
         f"Requests generate {settings['new_tokens']} tokens greedily, engine after engine in each round.",
     )
     rows = [
