@@ -391,7 +391,7 @@ def test_every_engine_shows_its_stages_and_modules(tmp_path: Path) -> None:
         assert times.rows, times
         covered = {stage for row in times.rows for stage in row.stages}
         assert covered == set(STAGES), (times.engine, times.batch, times.phase, covered)
-        assert 0 < times.coverage <= 1
+        assert times.coverage > 0
         modules = {module for row in times.nodes for module in row.modules}
         # ONNX Runtime fuses norms with what is before them, and its name for that is no module's.
         expected = {module for module in weighty if module and not (times.engine == "onnx" and "norm" in module)}
@@ -400,7 +400,6 @@ def test_every_engine_shows_its_stages_and_modules(tmp_path: Path) -> None:
         explained_us = sum(row.time_us for row in times.nodes)
         assert explained_us == pytest.approx(sum(row.time_us for row in times.rows))
         assert explained_us + times.unattributed_us == pytest.approx(times.sum_us)
-        assert times.unattributed_us > 0
         assert times.instrumented_us - times.instrument_us == pytest.approx(times.sum_us)
         assert (times.sum_ratio, len(times.turn_sum_ratios)) == (times.sum_us / times.plain_us, TURNS)
     for request in found.requests:
