@@ -1,12 +1,13 @@
 """The `ultramem` command: it parses, calls and prints; what it calls says what is wrong with bad input.
 
-Exit codes: 0 done, 1 a profile beyond the limits of --fail-if, 2 bad input (one line on stderr), 130 stopped by Ctrl-C
-with the work saved, 141 where whoever read the output has gone.
+Exit codes: 0 done, 1 a profile that --fail-if or --check-sums fails, 2 bad input (one line on stderr), 130 stopped by
+Ctrl-C with the work saved, 141 where whoever read the output has gone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -108,6 +109,7 @@ def _build_parser() -> _Parser:
     sub.add_argument("--decode", action="store_true", help="a graph of one new token; in AOTInductor beside the other")
     help_text = "choose candidates by coarse keys (default: in graphs of one token, where keys are large)"
     sub.add_argument("--coarse-keys", action=argparse.BooleanOptionalAction, help=help_text)
+    sub.add_argument("--profiled", action="store_true", help="compiled so that a profile tells its stages apart (aoti)")
 
     add_profile_command(command)
 
@@ -188,8 +190,11 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     from ultramem.export import ExportOptions, export_model
     from ultramem.export.options import parse_static
     from ultramem.graph.weights import load
+    from ultramem.runtime.profile import profiled_compilation
     from ultramem.runtime.run_facts import run_facts
 
+    if args.profiled and args.to != "aoti":
+        raise ValueError(f"profiled is for aoti, whose kernels are compiled, got to {args.to!r}")
     options = ExportOptions(
         dtype=args.dtype,
         table=args.table,
@@ -204,7 +209,8 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     rounds = (options.dtype, options.table) != ("fp32", None)
     bits_per_byte = _held_out_bits(args.run_folder) if rounds else None
     run = run_facts(args.run_folder) if args.to == "huggingface" else None
-    manifest = export_model(model, args.to, args.out, options=options, bits_per_byte=bits_per_byte, run=run)
+    with profiled_compilation() if args.profiled else contextlib.nullcontext():
+        manifest = export_model(model, args.to, args.out, options=options, bits_per_byte=bits_per_byte, run=run)
     document: dict[str, Any] = json.loads((args.out / "manifest.json").read_text())
     if not args.json:
         print(f"{args.out}: {manifest}")
