@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ultramem.runtime.plan.dense_share import dense_share
 from ultramem.runtime.plan.exchange import lookup_shape
-from ultramem.runtime.plan.memory import rank_memory, require_memory, total_bytes
+from ultramem.runtime.plan.memory import dense_parameters, rank_memory, require_memory, total_bytes
 from ultramem.runtime.plan.plan import PlacementPlan, Plan
 from ultramem.runtime.plan.volumes import rows_at_home
 from ultramem.runtime.profile.units import bytes_text, number_text, share_text, time_text
@@ -15,13 +16,23 @@ SECTOR_BYTES = 32
 """A GPU reads its memory in no smaller pieces."""
 EXPOSED_SHARE = 0.1
 """Of a step, from which on waiting for the exchange is worth a word."""
+PADDED = 1.1
+"""Times the size of all dense weights, from which on padding is worth a word."""
 FASTER = 0.95
 """Another placement is worth a word below this share of the chosen one's time."""
 
 
 def advice_on(plan: Plan) -> tuple[str, ...]:
     """Sentences on what is short, what would be faster, and what the plan assumes."""
-    found = (_memory(plan), _faster(plan), _narrow_columns(plan), _exposed(plan), _copies(plan), _repeats(plan))
+    found = (
+        _memory(plan),
+        _faster(plan),
+        _narrow_columns(plan),
+        _exposed(plan),
+        _copies(plan),
+        _padding(plan),
+        _repeats(plan),
+    )
     return tuple(each for each in found if each is not None)
 
 
@@ -113,6 +124,19 @@ def _copies(plan: Plan) -> str | None:
     if plan.options.dense == "fsdp":
         return f"{said}. More tokens per rank make that a smaller share; gathering less than all at once is not there."
     return f"{said}. More tokens per rank make that a smaller share."
+
+
+def _padding(plan: Plan) -> str | None:
+    if plan.options.dense != "fsdp":
+        return None
+    dense = dense_parameters(plan.config)
+    times = dense_share(plan.config, plan.options.ranks) * plan.options.ranks / dense
+    if times < PADDED:
+        return None
+    return (
+        f"FSDP pads the dense weights to {number_text(times)} times their size: some of them, as keys of few heads, "
+        f"have no dimension that divides by {plan.options.ranks} ranks."
+    )
 
 
 def _repeats(plan: Plan) -> str | None:

@@ -64,6 +64,7 @@ def _choice(
         table_optimizer=train.table_optimizer,
         table_dtype=train.table_dtype,
         deduplicate=parallel.deduplicate,
+        activation_checkpointing=train.activation_checkpointing,
     )
     table = TABLE_BYTES[train.table_dtype]
     size, score = (2, 2) if parallel.exchange_dtype == "bfloat16" else (table, options.element_bytes)

@@ -143,6 +143,9 @@ def test_advice_is_given_where_it_applies():
     assert any(each.startswith("Deduplication saves") for each in by_rows.advice)
     assert not any("in the open" in each for each in planned(ranks=8).advice)
     assert any(each.startswith("Around forward and backward a rank waits") for each in planned(ranks=1024).advice)
+    assert any(each.startswith("FSDP pads the dense weights to ") for each in planned(ranks=1024).advice)
+    assert not any("pads" in each for each in planned(ranks=64).advice)
+    assert not any("pads" in each for each in planned(ranks=1024, dense="replicate").advice)
 
 
 def test_an_accumulator_a_row_keeps_columns_together():

@@ -191,3 +191,28 @@ def test_bad_numbers_are_named():
         rank_memory(preset("dense-tiny"), options(), "rows", "home")
     with pytest.raises(ValueError, match=r"moe must be None, got 8 experts"):
         activation_bytes(preset("moe-tiny"), tokens=1, sequence_length=1, element_bytes=4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_checkpointing_keeps_what_autograd_keeps(name):
+    """But for the inputs of attention and MLPs, which the checkpoints hold themselves, and what runs again."""
+    config = preset(name)
+    torch.manual_seed(0)
+    model = build_model(config).train()
+    model.recomputes = True
+    ids = torch.randint(0, config.vocab_size, (BATCH, LENGTH))
+    d, layers, with_mlp = config.hidden_size, config.num_layers, config.num_layers - len(config.layers_without_mlp)
+
+    def loss():
+        output = model(ids)
+        return F.cross_entropy(output.logits.flatten(0, 1), ids.flatten()) + output.aux_loss
+
+    tokens = BATCH * LENGTH
+    sizes = {"tokens": tokens, "sequence_length": LENGTH, "element_bytes": 4}
+    counted = activation_bytes(config, **sizes, checkpointing=True)
+    runs_again = max(7 * d * 4 + 4 * config.num_heads, 2 * 4 * config.inner_size if with_mlp else 0)
+    held = layers * 4 * d + with_mlp * 4 * d
+    expected = counted - tokens * (4 * config.vocab_size + runs_again)
+    kept = kept_for_backward(model, loss)
+    assert expected - tokens * held <= kept * 1.005
+    assert kept <= expected * 1.005
