@@ -40,6 +40,11 @@ def ending_of_ranks(meeting: Meeting | None, prefix: str, *, traceback: bool) ->
             raise
         meeting.say(f"{prefix}: error: {one_line(error)}")
         code = 2
+    except OSError as error:  # such as a full disk
+        if traceback:
+            raise
+        meeting.say(f"{prefix}: {one_line(error)}")
+        code = 1
     except Stopped as stop:
         meeting.say(f"{prefix}: {stop}")
         code = 128 + stop.signum

@@ -93,6 +93,8 @@ class Ranks:
             try:
                 result = work()
             except Exception as raised:  # everybody must hear of it
+                if is_loss(raised):
+                    raise
                 error = raised
         heard = [None if error is None else (type(error).__name__, str(error))]
         dist.broadcast_object_list(heard)
