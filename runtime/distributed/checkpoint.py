@@ -27,7 +27,6 @@ from torch.distributed.tensor import DTensor
 from ultramem.graph.sharded_module import Part, parts_of
 from ultramem.graph.sharded_weights import read_parts, shapes_in
 from ultramem.graph.weights import write_atomically
-from ultramem.optim import TableOptimizer
 from ultramem.runtime.checkpoint import ONE_FILE, PARTS, keep_newest, newest_record, sync_folder
 from ultramem.runtime.distributed.ranks import Ranks
 
@@ -161,7 +160,7 @@ def load_newest(
         for parameter, tensors in list(optimizer.state.items()):
             prefix = f"optimizer.{names[id(parameter)]}/"
             loaded = {key: state[prefix + key] for key in tensors}
-            if isinstance(optimizer, TableOptimizer):
+            if not isinstance(parameter, DTensor):  # a part of a cut table, whose state is plain too
                 loaded = {key: each.to_local() if isinstance(each, DTensor) else each for key, each in loaded.items()}
             optimizer.state[parameter] = loaded
     for name, tensor in others.items():

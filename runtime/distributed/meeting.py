@@ -72,14 +72,16 @@ class Meeting:
     def _try_to_exchange_endings(self, line: str) -> str | None:
         """The main rank's last line, or None if it has none; the main rank stays until the others have heard."""
         try:
-            self.store.set(f"ended/{self.rank}", line)
             if self.rank == 0:
-                self.store.wait([f"ended/{rank}" for rank in range(1, self.size)], _PATIENCE)
+                self.store.set("ended", line)
+                self.store.wait([f"heard/{rank}" for rank in range(1, self.size)], _PATIENCE)
                 return line
-            self.store.wait(["ended/0"], _PATIENCE)
-            return str(self.store.get("ended/0").decode())
+            self.store.wait(["ended"], _PATIENCE)
+            last = str(self.store.get("ended").decode())
+            self.store.set(f"heard/{self.rank}", "")
         except dist.DistError:
             return None
+        return last
 
     def _exchange(self, name: str, words: str) -> Sequence[str]:
         """What all ranks say, in order."""

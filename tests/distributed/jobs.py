@@ -42,7 +42,13 @@ final_eval_tokens = 64
 """49 rows: no number of ranks divides them."""
 
 
-_IMPORTED_ONCE = ["ultramem.train_cli", "ultramem.runtime.train", "torch.distributed.checkpoint"]
+_IMPORTED_ONCE = [
+    "ultramem.train_cli",
+    "ultramem.runtime.train",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor",
+]
 
 
 class Job:
