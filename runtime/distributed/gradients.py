@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ultramem.graph.sharded_module import parts_of
+from ultramem.ops.exchange import ALL_GATHER, Way, exchange
 from ultramem.optim import clip_grad_norm_
 from ultramem.optim.sparse_gradient import coalesced
 from ultramem.runtime.distributed.ranks import Ranks
@@ -108,15 +109,11 @@ def _added_up(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks of sparse gradients [N,D], each of its own touched rows."""
     gradient = coalesced(gradient)
     rows_U, values_UD = gradient._indices()[0], gradient._values()
-    count = torch.tensor([len(rows_U)], device=rows_U.device)
-    counts = torch.empty(group.size(), dtype=count.dtype, device=count.device)
-    dist.all_gather_into_tensor(counts, count, group=group)
-    sizes = counts.tolist()
+    everybodys = Way(ALL_GATHER, group.group_name, group.size())
+    sizes = exchange(torch.tensor([len(rows_U)], device=rows_U.device), everybodys).tolist()
     most = max(sizes)
-    all_rows = rows_U.new_empty(len(sizes) * most)
-    all_values = values_UD.new_empty(len(sizes) * most, values_UD.shape[1])
-    dist.all_gather_into_tensor(all_rows, _padded(rows_U, most), group=group)
-    dist.all_gather_into_tensor(all_values, _padded(values_UD, most), group=group)
+    all_rows = exchange(_padded(rows_U, most), everybodys)
+    all_values = exchange(_padded(values_UD, most), everybodys)
     kept = torch.cat([torch.arange(size, device=rows_U.device) + most * i for i, size in enumerate(sizes)])
     added = torch.sparse_coo_tensor(
         all_rows[kept].unsqueeze(0), all_values[kept], gradient.shape, check_invariants=False

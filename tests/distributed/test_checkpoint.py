@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: read by any number of them, under any placement, and never with a table in one place."""
+"""Checkpoints of several ranks: whole or absent, and read by any number of ranks, under any placement."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 
 from ultramem import MemoryConfig, ModelConfig, ParallelConfig, TrainConfig
 from ultramem.graph import build_model
 from ultramem.graph import weights as whole_weights
+from ultramem.graph.sharded_weights import write_parts
 from ultramem.runtime import train_step
 from ultramem.runtime.data import load_corpus
 from ultramem.runtime.distributed import ALONE, Ranks
@@ -169,6 +171,20 @@ def test_one_safetensors_file_is_that_of_one_process(ranks, tmp_path, parallel):
     for seen in ranks(4).run(weights_that_were_read, str(tmp_path), parallel):
         for name, tensor in model.state_dict().items():
             assert torch.equal(seen[name], tensor), name
+
+
+def test_the_layout_of_a_file_is_safetensors_own(tmp_path):
+    tensors = {
+        f"{letter}.{dtype}": torch.ones(3, dtype=dtype)
+        for dtype in (
+            torch.bool, torch.uint8, torch.float16, torch.bfloat16,
+            torch.int32, torch.float32, torch.float64, torch.int64,
+        )
+        for letter in "ba"
+    } | {"scalar": torch.ones(())}  # fmt: skip
+    save_file(tensors, tmp_path / "theirs")
+    write_parts(tmp_path / "ours", tensors, is_main=True, wait=lambda: None)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def save_while_weights_change(folder, parallel):
