@@ -48,7 +48,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerp
     }
     write_atomically(path, data)
     write_atomically(path.with_suffix(".json"), json.dumps(record, indent=2).encode() + b"\n")
-    _sync_folder(folder)
+    sync_folder(folder)
     keep_newest(folder, keep)
 
 
@@ -112,7 +112,7 @@ def state_tensors(
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make renames in the folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -27,7 +27,7 @@ from ultramem.runtime.checkpoint import save_checkpoint, state_tensors
 from ultramem.runtime.data import Batch, Corpus, Documents, Stream, evaluation_batches, training_batch
 from ultramem.runtime.determinism import deterministic_algorithms
 from ultramem.runtime.distributed import ALONE, Ranks, ShardedLoss, balance_together, require_agreement
-from ultramem.runtime.distributed.checkpoint import load_newest, save_sharded, whole_state
+from ultramem.runtime.distributed.checkpoint import CheckpointWriter, load_newest, whole_state
 from ultramem.runtime.distributed.compiling import compiling_exchanges
 from ultramem.runtime.evaluate import Evaluation, evaluate, make_summed_loss
 from ultramem.runtime.health import MemoryHealth
@@ -141,6 +141,11 @@ class _Trainer:
         self.fingerprint = hashlib.sha256(
             json.dumps(describe(model_config, config, corpus), sort_keys=True).encode()
         ).hexdigest()
+        self.writer = None
+        if ranks.size > 1:
+            self.writer = CheckpointWriter(
+                folder.checkpoints, self.fingerprint, keep=config.keep_checkpoints, ranks=ranks
+            )
         torch.manual_seed(config.seed)
         self.model = build_model(model_config, device=device, shard=ranks.table_shard(), experts=ranks.expert_shard())
         balance_together(self.model, ranks)
@@ -169,6 +174,8 @@ class _Trainer:
             self._say("compiling the training step (once; about a minute on two cores)")
         with ExitStack() as stack:
             log = None
+            if self.writer is not None:
+                stack.callback(self.writer.close)
             if self.ranks.is_main:
                 log = stack.enter_context(MetricsLog(folder, after_step=done, tensorboard=tensorboard))
 
@@ -193,7 +200,9 @@ class _Trainer:
                 if last or signum is not None or step % config.checkpoint_every == 0:
                     self._save_checkpoint(step)
                 if signum is not None and not last:
+                    self._finish_checkpoint()
                     raise Stopped(step, signum)
+            self._finish_checkpoint()
             weights_step = self._final_weights()
             held_out = self._evaluate(self.corpus.held_out, config.final_eval_tokens)
             write(_eval_row(config.steps, "held_out", held_out))
@@ -241,13 +250,15 @@ class _Trainer:
         # Lazy optimisers are not synced here: what they owe is in their state, and a checkpoint at another step (after
         # Ctrl-C) must not change how the run goes on.
         others = {} if self.health is None else self.health.state()
-        keep = self.config.keep_checkpoints
-        if self.ranks.size == 1:
-            tensors = state_tensors(self.model, self.optimizers, others)
+        if self.writer is None:
+            tensors, keep = state_tensors(self.model, self.optimizers, others), self.config.keep_checkpoints
             save_checkpoint(self.folder.checkpoints, step, tensors, self.fingerprint, keep=keep)
             return
-        state = whole_state(self.model, self.optimizers, others)
-        save_sharded(self.folder.checkpoints, step, state, self.fingerprint, keep=keep, ranks=self.ranks)
+        self.writer.save(step, whole_state(self.model, self.optimizers, others))
+
+    def _finish_checkpoint(self) -> None:
+        if self.writer is not None:
+            self.writer.wait()
 
     def _final_weights(self) -> int:
         """Leave the weights that the run ends with in the model; returns their step."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ultramem.config import TrainConfig, from_dict
 from ultramem.data_cli import add_data_commands
 from ultramem.generate_cli import EXPORTS, add_generate_command
+from ultramem.input_errors import INPUT_ERRORS, one_line
 from ultramem.plan_cli import add_plan_command
 from ultramem.profile_cli import add_profile_command
 from ultramem.train_cli import add_train_commands
@@ -51,22 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             print(json.dumps(result))
         sys.stdout.flush()
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, ImportError) as error:
+    except INPUT_ERRORS as error:
         if args.traceback:
             raise
-        print(f"{prefix}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{prefix}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"{prefix}: {_one_line(stop) or 'stopped'}", file=sys.stderr)
+        print(f"{prefix}: {one_line(stop) or 'stopped'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
         return 128 + signal.SIGPIPE
     return int(args.exit_code)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _build_parser() -> _Parser:
@@ -232,7 +229,7 @@ def _held_out_bits(run_folder: Path) -> typing.Callable[[Transformer], float] | 
         tokenizer = load_tokenizer(run_folder)
         text = load_corpus(document["data"]["name"], tokenizer=tokenizer).held_out
     except (KeyError, ValueError, FileNotFoundError, ImportError) as error:
-        print(f"bits per byte are not measured: no held-out text of the run ({_one_line(error)})", file=sys.stderr)
+        print(f"bits per byte are not measured: no held-out text of the run ({one_line(error)})", file=sys.stderr)
         return None
     if not text:
         return None

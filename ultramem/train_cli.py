@@ -12,7 +12,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultramem.config import ParallelConfig, TrainConfig
+import ultramem
+from ultramem.config import ParallelConfig, TrainConfig, to_dict
+from ultramem.input_errors import INPUT_ERRORS
+from ultramem.ranks_cli import ending_of_ranks
 
 if TYPE_CHECKING:
     from ultramem.runtime.distributed import Ranks
@@ -74,26 +77,32 @@ def _add_config_flags(parser: argparse.ArgumentParser, cls: type[TrainConfig | P
 
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:
-    from ultramem.runtime.recipe import make_recipe
+    from ultramem.runtime.distributed import join_ranks, meet
+    from ultramem.runtime.stop_signals import Stopped
 
-    given = _given(args, TrainConfig)
-    if parallel := _given(args, ParallelConfig):
-        given["parallel"] = parallel
-    recipe = make_recipe(file=args.config, preset=args.preset, data=args.data, train=given, settings=args.set)
-    from ultramem.runtime.distributed import LostRankError, join_ranks
-    from ultramem.runtime.train import Stopped
-
+    recipe, problem = None, None
     try:
-        with join_ranks(recipe.train.parallel, _device(args.device)) as ranks:
-            result = _train_on(ranks, recipe, args)
-    except LostRankError as error:
-        print(f"ultramem train: lost another rank ({error}); continue with --resume", file=sys.stderr)
-        sys.exit(1)
-    except Stopped as stop:
-        if stop.signum == signal.SIGTERM:
-            print(f"ultramem train: {stop}", file=sys.stderr)
-            sys.exit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt(str(stop)) from stop
+        recipe = _recipe(args)
+        timeout_s = recipe.train.parallel.timeout_s
+    except INPUT_ERRORS as error:
+        problem, timeout_s = error, ParallelConfig().timeout_s
+    meeting = meet(timeout_s)
+    with ending_of_ranks(meeting, "ultramem train", traceback=args.traceback):
+        if meeting is not None:
+            meeting.require_agreement(None if recipe is None else _description(recipe, args), problem)
+        if recipe is None:
+            assert problem is not None
+            raise problem
+        try:
+            with join_ranks(recipe.train.parallel, _device(args.device), meeting) as ranks:
+                result = _train_on(ranks, recipe, args)
+        except Stopped as stop:
+            if meeting is not None:
+                raise
+            if stop.signum == signal.SIGTERM:
+                print(f"ultramem train: {stop}", file=sys.stderr)
+                sys.exit(128 + signal.SIGTERM)
+            raise KeyboardInterrupt(str(stop)) from stop
     if not ranks.is_main:
         sys.exit(0)
     summary: dict[str, Any] = {
@@ -117,6 +126,33 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
                     f"  {name} text: {evaluation.loss:.4f} nats per token, {evaluation.bits_per_byte:.4f} bits per byte"
                 )
     return summary
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    from ultramem.runtime.recipe import make_recipe
+
+    given = _given(args, TrainConfig)
+    if parallel := _given(args, ParallelConfig):
+        given["parallel"] = parallel
+    return make_recipe(file=args.config, preset=args.preset, data=args.data, train=given, settings=args.set)
+
+
+def _description(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
+    """What all ranks must have in common, by the names of the flags where there are some."""
+    import torch
+
+    fields = to_dict(recipe.train)
+    return {
+        "parallel": fields.pop("parallel"),
+        "model": to_dict(recipe.model),
+        "train": fields,
+        "data": recipe.data,
+        "out": str(args.out),
+        "resume": args.resume,
+        "device": torch.device(_device(args.device)).type,
+        "ultramem": ultramem.__version__,
+        "torch": torch.__version__,
+    }
 
 
 def _train_on(ranks: Ranks, recipe: Recipe, args: argparse.Namespace) -> Result:

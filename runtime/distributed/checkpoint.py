@@ -9,21 +9,25 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
-from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
 from ultramem.graph.sharded_module import Part, parts_of
 from ultramem.graph.sharded_weights import read_parts, shapes_in
 from ultramem.graph.weights import write_atomically
-from ultramem.optim import TableOptimizer
-from ultramem.runtime.checkpoint import ONE_FILE, PARTS, keep_newest, newest_record
+from ultramem.runtime.checkpoint import ONE_FILE, PARTS, keep_newest, newest_record, sync_folder
 from ultramem.runtime.distributed.ranks import Ranks
 
 
@@ -53,22 +57,76 @@ def _as_whole(tensor: Tensor, part: Part) -> Tensor:
     return tensor
 
 
-def save_sharded(
-    folder: Path, step: int, state: dict[str, Tensor], fingerprint: str, *, keep: int, ranks: Ranks
-) -> None:
-    """Write the checkpoint of `step`, and delete all but the newest `keep`."""
-    path = folder / f"step-{step:08d}"
-    if ranks.is_main:
-        folder.mkdir(exist_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
-    ranks.wait()
-    save_parts(dict(state), checkpoint_id=path)
-    ranks.wait()
-    if not ranks.is_main:
-        return
-    record = {"format_version": PARTS, "step": step, "fingerprint": fingerprint}
-    write_atomically(path.with_suffix(".json"), json.dumps(record, indent=2).encode() + b"\n")
-    keep_newest(folder, keep)
+class CheckpointWriter:
+    """Writes checkpoints while training goes on, one at a time.
+
+    Tensors are copied before `save` returns, so that steps may change them in place; each rank copies what it holds.
+    Threads of all ranks then write, in a process group of their own. When all parts are on disk, the main rank writes
+    the record, and only then is there a checkpoint. A failed write is raised by the next call of any method.
+
+    Args:
+        folder: of the checkpoints.
+        fingerprint: of the configuration.
+        keep: how many checkpoints stay.
+        ranks: that write, more than one; all of them make a writer, and call its methods, at the same time.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, *, keep: int, ranks: Ranks) -> None:
+        self.folder, self.fingerprint, self.keep, self.ranks = folder, fingerprint, keep, ranks
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=ranks.parallel.timeout_s))
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-record")
+        self.pending: Future[None] | None = None
+
+    def save(self, step: int, state: dict[str, Tensor]) -> None:
+        """Begin to write the checkpoint of `step`, once the one before is whole.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        self.wait()
+        path = self.folder / f"step-{step:08d}"
+
+        def prepare() -> None:
+            self.folder.mkdir(exist_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+        self.ranks.on_main(prepare)
+        parts = async_save(dict(state), checkpoint_id=path, process_group=self.group)
+        assert isinstance(parts, Future)
+        self.pending = self.thread.submit(self._finish, parts, path, step)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is whole.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        wait_for([pending])
+        self.ranks.on_main(pending.result)  # the record's error too is everybody's
+        pending.result()
+
+    def close(self) -> None:
+        """Let what was begun come to its end, whole or not; for a run that ends with an error."""
+        if self.pending is not None:
+            wait_for([self.pending])
+        self.thread.shutdown()
+
+    def _finish(self, parts: Future[Any], path: Path, step: int) -> None:
+        try:
+            parts.result()
+        except CheckpointException as error:  # the same on all ranks, and no Exception
+            rank, (cause, _) = next(iter(error.failures.items()))
+            raise OSError(f"the checkpoint of step {step} could not be written: rank {rank}: {cause}") from error
+        if not self.ranks.is_main:
+            return
+        sync_folder(path)
+        record = {"format_version": PARTS, "step": step, "fingerprint": self.fingerprint}
+        write_atomically(path.with_suffix(".json"), json.dumps(record, indent=2).encode() + b"\n")
+        sync_folder(self.folder)
+        keep_newest(self.folder, self.keep)
 
 
 @torch.no_grad()
@@ -102,7 +160,7 @@ def load_newest(
         for parameter, tensors in list(optimizer.state.items()):
             prefix = f"optimizer.{names[id(parameter)]}/"
             loaded = {key: state[prefix + key] for key in tensors}
-            if isinstance(optimizer, TableOptimizer):
+            if not isinstance(parameter, DTensor):  # a part of a cut table, whose state is plain too
                 loaded = {key: each.to_local() if isinstance(each, DTensor) else each for key, each in loaded.items()}
             optimizer.state[parameter] = loaded
     for name, tensor in others.items():

@@ -18,12 +18,10 @@ from ultramem.config import ParallelConfig
 from ultramem.graph.moe import MoE
 from ultramem.graph.table_shard import TableShard
 from ultramem.ops.exchange import ALL_REDUCE, Way
+from ultramem.runtime.distributed.lost_rank import LostRankError, is_loss, reason
+from ultramem.runtime.distributed.meeting import Meeting, meet
 
 T = TypeVar("T")
-
-
-class LostRankError(RuntimeError):
-    """Another rank is gone, or does not answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +93,8 @@ class Ranks:
             try:
                 result = work()
             except Exception as raised:  # everybody must hear of it
+                if is_loss(raised):
+                    raise
                 error = raised
         heard = [None if error is None else (type(error).__name__, str(error))]
         dist.broadcast_object_list(heard)
@@ -121,30 +121,41 @@ def balance_together(model: nn.Module, ranks: Ranks) -> None:
 
 
 _ERRORS: dict[str, type[Exception]] = {
-    each.__name__: each for each in (ValueError, FileExistsError, FileNotFoundError, IsADirectoryError, ImportError)
+    each.__name__: each
+    for each in (
+        ValueError,
+        OSError,
+        FileExistsError,
+        FileNotFoundError,
+        IsADirectoryError,
+        PermissionError,
+        ImportError,
+    )
 }
-
-_SIGNS = ("Connection closed", "Timed out", "timed out", "Connection reset", "Broken pipe")
 
 ALONE = Ranks()
 
 
 @contextmanager
-def join_ranks(parallel: ParallelConfig, device: torch.device | str = "cpu") -> Iterator[Ranks]:
+def join_ranks(
+    parallel: ParallelConfig, device: torch.device | str = "cpu", meeting: Meeting | None = None
+) -> Iterator[Ranks]:
     """The ranks that `torchrun` started, or this process alone.
 
     Args:
         parallel: how a run is spread over them.
         device: "cuda" becomes the device of this rank on its node.
+        meeting: where the ranks have met; None: they meet now.
 
     Raises:
         ValueError: table_copies does not divide the ranks, or there is no device for this rank.
         LostRankError: in here, a collective failed or took longer than `parallel.timeout_s`.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    meeting = meeting or meet(parallel.timeout_s)
+    if meeting is None:
         yield Ranks(device=torch.device(device))
         return
+    size, rank = meeting.size, meeting.rank
     if size % parallel.table_copies:
         raise ValueError(f"table_copies must divide the {size} ranks, got {parallel.table_copies}")
     device = torch.device(device)
@@ -154,22 +165,16 @@ def join_ranks(parallel: ParallelConfig, device: torch.device | str = "cpu") -> 
             raise ValueError(f"device: rank {local} of this node needs a GPU, there are {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=parallel.timeout_s)
-    )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     copies = parallel.table_copies
-    mesh = init_device_mesh(device.type, (copies, size // copies), mesh_dim_names=("copies", "shards"))
-    rank = dist.get_rank()
     try:
+        dist.init_process_group(
+            backend, store=meeting.store, rank=rank, world_size=size, timeout=timedelta(seconds=parallel.timeout_s)
+        )
+        mesh = init_device_mesh(device.type, (copies, size // copies), mesh_dim_names=("copies", "shards"))
         yield Ranks(rank=rank, size=size, device=device, mesh=mesh, parallel=parallel)
     except RuntimeError as error:
-        if not _is_loss(error):
+        if not is_loss(error):
             raise
-        raise LostRankError(f"rank {rank} of {size}: {str(error).splitlines()[0]}") from error
+        raise LostRankError(f"rank {rank} of {size}: {reason(error)}") from error
     dist.destroy_process_group()
-
-
-def _is_loss(error: RuntimeError) -> bool:
-    """Whether a collective says that it has no answer."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(sign in text for sign in _SIGNS)

@@ -18,15 +18,16 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 _NAMES = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""In the order of tensors in a file that safetensors itself writes; by name, where types are the same."""
 _CHUNK_BYTES = 64 * 2**20
 
 
@@ -104,9 +105,10 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _layout(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
-    """The head of the file, and where each tensor begins after it."""
+    """The head of the file, and where each tensor begins after it; both as safetensors would have them."""
     entries, starts, offset = {}, {}, 0
-    for name, tensor in tensors.items():
+    order = list(_NAMES)
+    for name, tensor in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
         starts[name] = offset
         end = offset + _bytes(tensor)
         entries[name] = {
@@ -115,7 +117,7 @@ def _layout(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
             "data_offsets": [offset, end],
         }
         offset = end
-    text = json.dumps(entries).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, starts
 
