@@ -16,7 +16,7 @@ from ultramem.graph import weights as whole_weights
 from ultramem.graph.sharded_weights import write_parts
 from ultramem.runtime import train_step
 from ultramem.runtime.data import load_corpus
-from ultramem.runtime.distributed import ALONE, Ranks
+from ultramem.runtime.distributed import ALONE, Ranks, ShardedLoss
 from ultramem.runtime.run import RunFolder
 from ultramem.runtime.train import train
 from ultramem.runtime.weights import load_weights, save_weights
@@ -141,7 +141,10 @@ def test_a_run_goes_on_under_other_ranks(ranks, whole_run, text, tmp_path, table
 def cut_model(parallel, seed):
     torch.manual_seed(seed)
     ranks = make_ranks(parallel)
-    return build_model(MODEL, shard=ranks.table_shard()), ranks
+    model = build_model(MODEL, shard=ranks.table_shard())
+    if parallel.dense == "fsdp":
+        ShardedLoss(model, lambda inputs, targets: (inputs, targets), ranks)
+    return model, ranks
 
 
 def write_weights(folder, parallel):
@@ -158,7 +161,7 @@ def weights_that_were_read(folder, parallel):
     }
 
 
-@pytest.mark.parametrize("parallel", [ROWS, COLUMNS, replace(COLUMNS, table_copies=2)])
+@pytest.mark.parametrize("parallel", [ROWS, replace(ROWS, dense="fsdp"), replace(COLUMNS, table_copies=2)])
 def test_one_safetensors_file_is_that_of_one_process(ranks, tmp_path, parallel):
     torch.manual_seed(0)
     model = build_model(MODEL)

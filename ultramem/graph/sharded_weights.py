@@ -48,15 +48,16 @@ def write_parts(path: Path, tensors: dict[str, Tensor], *, is_main: bool, wait: 
             file.truncate(len(header) + sum(_bytes(each) for each in tensors.values()))
     wait()
     for name, tensor in tensors.items():
-        part = _part(tensor)
-        if part is None or not (is_main or isinstance(tensor, DTensor)):
+        if not (_writes(tensor) if isinstance(tensor, DTensor) else is_main):
             continue
-        local, rows, columns = part
-        whole = np.memmap(temporary, np.uint8, "r+", len(header) + starts[name], _as_matrix(tensor))
+        local, place = _local(tensor), _place(tensor)
         width = tensor.element_size()
-        for first, last in _chunks(len(local), _bytes(local)):
-            data = local[first:last].cpu().contiguous().view(torch.uint8).numpy()
-            whole[rows.start + first : rows.start + last, columns.start * width : columns.stop * width] = data
+        *outer, last = tensor.shape or (1,)
+        whole = np.memmap(temporary, np.uint8, "r+", len(header) + starts[name], (*outer, last * width))
+        *beside, inner = place or (slice(0, 1),)
+        in_bytes = slice(inner.start * width, inner.stop * width)
+        for piece, target in _chunks(local, (*beside, in_bytes) if beside else (in_bytes,), 1 if beside else width):
+            whole[target] = piece.cpu().contiguous().view(torch.uint8).numpy()
         whole.flush()
     wait()
     if is_main:
@@ -87,13 +88,8 @@ def read_parts(path: Path, tensors: dict[str, Tensor]) -> None:
             if tensor.ndim == 0:
                 tensor.copy_(file.get_tensor(name))
                 continue
-            part = _part(tensor, every_copy=True)
-            assert part is not None
-            local, rows, columns = part
-            for first, last in _chunks(len(local), _bytes(local)):
-                piece = slice(rows.start + first, rows.start + last)
-                read = source[piece, columns] if tensor.ndim == 2 else source[piece]
-                _local(tensor)[first:last].copy_(read)
+            for piece, source_place in _chunks(_local(tensor), _place(tensor), 1):
+                piece.copy_(source[source_place])
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
@@ -122,39 +118,41 @@ def _layout(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, starts
 
 
-def _part(tensor: Tensor, *, every_copy: bool = False) -> tuple[Tensor, slice, slice] | None:
-    """What this rank writes, as a matrix [rows, columns], and where; None where another rank has the same."""
-    local, shape = _local(tensor), tuple(tensor.shape)
-    offset: tuple[int, ...] = (0,) * tensor.ndim
+def _place(tensor: Tensor) -> tuple[slice, ...]:
+    """Where in the whole tensor this rank's part lies."""
+    local, offset = _local(tensor), (0,) * tensor.ndim
     if isinstance(tensor, DTensor):
-        _, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
-        coordinate = tensor.device_mesh.get_coordinate()
-        assert coordinate is not None
-        copies = zip(coordinate, tensor.placements, strict=True)
-        if not every_copy and any(place > 0 for place, how in copies if isinstance(how, Replicate)):
-            return None
-    matrix = local.reshape(local.shape[0], -1) if local.ndim else local.reshape(1, 1)
-    first = offset[0] if offset else 0
-    column = offset[1] if tensor.ndim == 2 else 0
-    return matrix, slice(first, first + matrix.shape[0]), slice(column, column + matrix.shape[1])
+        _, offset = compute_local_shape_and_global_offset(tuple(tensor.shape), tensor.device_mesh, tensor.placements)
+    return tuple(slice(first, first + size) for first, size in zip(offset, local.shape, strict=True))
+
+
+def _writes(tensor: DTensor) -> bool:
+    """Whether this rank is the first of those that hold the same part."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    copies = zip(coordinate, tensor.placements, strict=True)
+    return all(place == 0 for place, how in copies if isinstance(how, Replicate))
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _as_matrix(tensor: Tensor) -> tuple[int, int]:
-    """Rows and bytes a row of the whole tensor."""
-    rows = tensor.shape[0] if tensor.ndim else 1
-    return rows, math.prod(tensor.shape[1:]) * tensor.element_size()
-
-
 def _bytes(tensor: Tensor) -> int:
     return math.prod(tensor.shape) * tensor.element_size()
 
 
-def _chunks(rows: int, size: int) -> Iterator[tuple[int, int]]:
-    """Rows at a time, so that no more than a few megabytes are copied at once."""
-    step = max(1, _CHUNK_BYTES * rows // max(size, 1))
-    for first in range(0, rows, step):
-        yield first, min(first + step, rows)
+def _chunks(local: Tensor, place: tuple[slice, ...], scale: int) -> Iterator[tuple[Tensor, tuple[slice, ...]]]:
+    """A part in pieces of a few megabytes along its first dimension, each with its place in the whole.
+
+    `scale` is how many units of the first slice an element of that dimension takes.
+    """
+    if not local.ndim:
+        yield local.reshape(1), place
+        return
+    size = local.shape[0]
+    step = max(1, _CHUNK_BYTES * size // max(_bytes(local), 1))
+    for first in range(0, size, step):
+        last = min(first + step, size)
+        start = place[0].start
+        yield local[first:last], (slice(start + first * scale, start + last * scale), *place[1:])
