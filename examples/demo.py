@@ -55,7 +55,8 @@ def main() -> int:
     for engine in ("eager", "onnx", "aoti"):
         export = args.out / MODELS[0] / "exports" / engine
         if engine != "eager" and not export.exists():
-            ultramem("export", memory_run, "--to", engine, "--out", export)
+            profiled = ["--profiled"] if engine == "aoti" else []  # or the report can't tell its stages apart
+            ultramem("export", memory_run, "--to", engine, "--out", export, *profiled)
         greedy[engine] = ultramem(
             *("generate", memory_run, "--prompt", PROMPT, "--max-new-tokens", 64, "--engine", engine)
         )["text"]

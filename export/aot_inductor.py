@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ultramem.config import ModelConfig
 from ultramem.export.backend import Backend, Run
+from ultramem.export.coarse_keys import with_coarse_keys
 from ultramem.export.extras import quiet_exporters
 from ultramem.export.options import ExportOptions
 from ultramem.export.program import (
@@ -60,7 +61,10 @@ def _captured(model: Transformer, options: ExportOptions) -> dict[str, Program]:
     sizes = {"model": (options.batch, options.static[1] if options.static else None)}
     if options.decode and options.static is None:
         sizes["decode"] = (None, 1)
-    return {name: capture(model, batch=batch, seq=seq) for name, (batch, seq) in sizes.items()}
+    return {
+        name: capture(with_coarse_keys(model, options, seq=seq), batch=batch, seq=seq)
+        for name, (batch, seq) in sizes.items()
+    }
 
 
 def export_aoti(
@@ -233,5 +237,6 @@ BACKEND = Backend(
     load=_load,
     how_to_load=_how_to_load,
     devices=("cpu", "cuda"),
+    has_coarse_keys=True,
     decode_beside=True,
 )

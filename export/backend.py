@@ -41,6 +41,8 @@ class Backend:
     """Write what the folder says of the run, after `write`; None: nothing."""
     has_graph: bool = True
     """Whether sizes can be fixed."""
+    has_coarse_keys: bool = False
+    """Its graphs for a CPU may choose candidates by coarse keys."""
     decode_beside: bool = False
     """With `decode`, the general graph is there as well."""
     builds_for_ranges: bool = False
@@ -65,6 +67,8 @@ class Backend:
         if not self.has_graph and (options.static is not None or options.decode):
             chosen = "decode" if options.static is None else f"static {options.static}"
             raise ValueError(f"static and decode must be left out for {self.name}, which has no graph, got {chosen}")
+        if options.coarse_keys and not (self.has_coarse_keys and options.device == "cpu"):
+            raise ValueError(f"coarse_keys must be None or False for {self.name} on {options.device}, got True")
         for option, given in (("sizes", options.sizes), ("kernels", options.kernels)):
             if given is not None and not self.builds_for_ranges:
                 raise ValueError(f"{option} must be None for {self.name}, got {given!r} (it is for tensorrt)")

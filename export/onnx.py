@@ -16,12 +16,14 @@ import torch
 from ultramem.config import ModelConfig
 from ultramem.export import onnx_functions
 from ultramem.export.backend import Backend, Run
+from ultramem.export.coarse_keys import with_coarse_keys
 from ultramem.export.extras import quiet_exporters, require
 from ultramem.export.onnx_plugin import register
 from ultramem.export.onnx_session import FILE, load_onnx
 from ultramem.export.onnx_stages import OTHER_STAGE, stage_of_module
 from ultramem.export.options import ExportOptions
-from ultramem.export.program import PassRecord, Program, capture, records_of, simplify
+from ultramem.export.program import PassRecord, Program, apply_pass, capture, records_of, simplify
+from ultramem.graph.passes import split_einsums
 from ultramem.graph.transformer import Transformer
 from ultramem.ops.tucker_topk import Candidates
 
@@ -44,7 +46,7 @@ def export_onnx(
     onnx = require("onnx", "onnx")
     ir = require("onnx_ir", "onnx")
     require("onnxscript", "onnx")
-    program = simplify(program)
+    program = simplify(apply_pass(program, split_einsums))
     with quiet_exporters(), onnx_functions.schemas():
         translated = torch.onnx.export(
             program.exported,
@@ -146,12 +148,17 @@ def _how_to_load(options: ExportOptions, files: frozenset[str]) -> tuple[str, ..
     )
 
 
+def _write(model: Transformer, options: ExportOptions, folder: Path) -> tuple[PassRecord, ...]:
+    return write_onnx(with_coarse_keys(model, options, seq=options.seq), options, folder)
+
+
 BACKEND = Backend(
     name="onnx",
     files=(FILE, f"{FILE}.data"),
-    write=write_onnx,
+    write=_write,
     load=_load,
     how_to_load=_how_to_load,
     dtypes=("fp32", "fp16"),
     lacks={"bf16": "stock ONNX Runtime has no bfloat16 kernels on a CPU"},
+    has_coarse_keys=True,
 )

@@ -34,6 +34,9 @@ class ExportOptions:
     device: Literal["cpu", "cuda"] = "cpu"
     """What native code is for (AOTInductor): this kind of CPU, or this kind of GPU, with the ops' Triton kernels."""
 
+    coarse_keys: bool | None = None
+    """Candidates are chosen by keys that are summed over the ranks (`ultramem.graph.coarse_keys`), where a layer can:
+    True: in every graph; None: in graphs of one new token for a CPU, in layers of which the keys are large."""
     sizes: str | None = None
     """min:opt:max of the free sizes, "batch=1:4:8,seq=1:128:512,past=0:256:1024", for engines that are built for ranges
     (TensorRT); None: as the model allows."""
@@ -49,6 +52,8 @@ class ExportOptions:
             raise ValueError(f"kernels must be plugin, body or None, got {self.kernels!r}")
         if not isinstance(self.decode, bool):
             raise ValueError(f"decode must be True or False, got {self.decode!r}")
+        if self.coarse_keys not in (True, False, None):
+            raise ValueError(f"coarse_keys must be True, False or None, got {self.coarse_keys!r}")
         if self.static is None:
             return
         sizes = self.static

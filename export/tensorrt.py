@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ultramem.config import ModelConfig
 from ultramem.export import onnx
 from ultramem.export.backend import Backend, Run
-from ultramem.export.extras import quiet_exporters, require
+from ultramem.export.extras import require
 from ultramem.export.onnx import FILE as ONNX_FILE
 from ultramem.export.options import ExportOptions
-from ultramem.export.program import PassRecord, capture, records_of
+from ultramem.export.program import PassRecord
 from ultramem.export.signature import tensor_specs
 from ultramem.export.tensorrt_build import WORKSPACE_BYTES, Built, build_engine
 from ultramem.export.tensorrt_library import require_gpu, require_tensorrt
@@ -53,23 +50,10 @@ def engine_profiles(config: ModelConfig, options: ExportOptions) -> tuple[Profil
     return profiles(inputs, options, sizes_of(options, config))
 
 
-def write_onnx(model: Transformer, options: ExportOptions, folder: Path) -> tuple[PassRecord, ...]:
-    """Write the file that other runtimes take too; in bfloat16 without Einsum, which ONNX has not in that type."""
-    if options.dtype != "bf16":
-        return onnx.write_onnx(model, options, folder)
-    program = capture(model, batch=options.batch, seq=options.seq)
-    einsum = torch.ops.aten.einsum.default
-    with quiet_exporters():
-        exported = program.exported.run_decompositions({einsum: torch.export.default_decompositions()[einsum]})
-    program = dataclasses.replace(program, exported=exported)
-    candidates = model.config.memory.candidates if model.config.memory else "one_tailed"
-    return records_of({"model": onnx.export_onnx(program, folder, candidates=candidates)})
-
-
 def write_tensorrt(model: Transformer, options: ExportOptions, folder: Path) -> tuple[PassRecord, ...]:
     """Write the ONNX file, the engine, its timing cache, and the lines of trtexec that do the same by hand."""
     wanted = engine_profiles(model.config, options)
-    passes = write_onnx(model, options, folder)
+    passes = onnx.write_onnx(model, options, folder)
     built = engine_of(require_tensorrt(), folder / ONNX_FILE, wanted, kernels=options.kernels or "plugin")
     (folder / PLAN).write_bytes(built.plan)
     (folder / TIMING_CACHE).write_bytes(built.timing_cache)

@@ -97,7 +97,7 @@ class CompiledEngine(_ModelEngine):
         return logits_BSV[:, hidden:], self._with_room(cache._replace(hidden=hidden))
 
     def _call(self, *inputs: Tensor) -> Sequence[Tensor]:
-        ids, mask, positions = (tensor.clone() for tensor in inputs[:3])
+        ids, mask, positions = (_own_copy(tensor) for tensor in inputs[:3])
         for tensor in (ids, mask, positions):
             _mark(tensor, 1)
         return self._prefill_graph(ids, mask, positions)
@@ -114,7 +114,7 @@ class CompiledEngine(_ModelEngine):
             )
         device = self.weight.device
         positions_B1 = (mask_BP.sum(1, keepdim=True) - 1).clamp_min(0)
-        tokens = [each.to(device) for each in (input_ids_B1.clone(), mask_BP, positions_B1)]
+        tokens = [each.to(device) for each in (_own_copy(input_ids_B1), mask_BP, positions_B1)]
         column_1 = torch.tensor([column], device=device)
         convs = cache.state[self._num_keys :]
         kind = input_ids_B1.shape[0] > 1
@@ -142,6 +142,11 @@ class CompiledEngine(_ModelEngine):
         room = Room(tuple(buffers), columns)
         convs = (each.contiguous() for each in cache.state[self._num_keys :])  # strides are guarded
         return EngineCache(cache.mask_BP, (*buffers, *convs), cache.hidden, room)
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    """A copy with strides of its own: the compiler guards them, and those of a slice of one sequence may be any."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _mark(tensor: Tensor, length_axis: int | None) -> None:

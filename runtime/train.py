@@ -28,6 +28,7 @@ from ultramem.runtime.data import Batch, Corpus, Documents, Stream, evaluation_b
 from ultramem.runtime.determinism import deterministic_algorithms
 from ultramem.runtime.distributed import ALONE, Ranks, ShardedLoss, balance_together, require_agreement
 from ultramem.runtime.distributed.checkpoint import CheckpointWriter, load_newest, whole_state
+from ultramem.runtime.distributed.compiling import compiling_exchanges
 from ultramem.runtime.evaluate import Evaluation, evaluate, make_summed_loss
 from ultramem.runtime.health import MemoryHealth
 from ultramem.runtime.metrics import MetricsLog, require_tensorboard
@@ -117,9 +118,7 @@ def train(
         ranks, {**describe(model_config, config, corpus), "parallel": to_dict(config.parallel), "resume": resume}
     )
     ranks.on_main(lambda: run.create(model_config, config, corpus, resume=resume))
-    with deterministic_algorithms(), stop_signals() as stop, ExitStack() as stack:
-        if ranks.size > 1:  # rows are asked of each rank by the numbers of them, which are known to the host alone
-            stack.enter_context(torch._dynamo.config.patch(capture_scalar_outputs=True))
+    with deterministic_algorithms(), stop_signals() as stop, compiling_exchanges(ranks):
         trainer = _Trainer(model_config, config, corpus, stream, run, torch.device(device), progress, stop, ranks)
         return trainer.run(tensorboard=tensorboard)
 
@@ -150,6 +149,7 @@ class _Trainer:
         torch.manual_seed(config.seed)
         self.model = build_model(model_config, device=device, shard=ranks.table_shard(), experts=ranks.expert_shard())
         balance_together(self.model, ranks)
+        self.model.recomputes = config.activation_checkpointing
         self.health_every = config.eval_every if config.health_every is None else config.health_every
         self.health = MemoryHealth(self.model, ranks) if self.health_every else None
         loss = make_train_loss(self.model, config)

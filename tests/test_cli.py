@@ -252,6 +252,10 @@ def test_a_corrupt_checkpoint_is_one_line(run, text, tmp_path, capsys):
         (["export", "RUN", "--to", "onnx", "--out", "x", "--table", "int2"], "table must be one of int8, int4 or None"),
         (["export", "RUN", "--to", "onnx", "--out", "x", "--static", "4"], "static must be B,S, two numbers"),
         (["export", "RUN", "--to", "onnx", "--out", "x", "--static", "1,4", "--decode"], "static must have S = 1"),
+        (
+            ["export", "RUN", "--to", "onnx", "--out", "x", "--profiled"],
+            "profiled is for aoti, whose kernels",
+        ),
         (["profile", "nowhere", "--out", "x"], "target must be a run folder or one of dense-151m"),
         (["profile", "ultramem-tiny", "--mmap", "--out", "x"], "mmap maps the weights of a run folder"),
         (["profile", "RUN", "--engine", "eager,warp", "--out", "x"], "engine must be of eager, compile, onnx, aoti"),

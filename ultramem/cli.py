@@ -1,12 +1,13 @@
 """The `ultramem` command: it parses, calls and prints; what it calls says what is wrong with bad input.
 
-Exit codes: 0 done, 1 a profile beyond the limits of --fail-if, 2 bad input (one line on stderr), 130 stopped by Ctrl-C
-with the work saved, 141 where whoever read the output has gone.
+Exit codes: 0 done, 1 a profile that --fail-if or --check-sums fails, 2 bad input (one line on stderr), 130 stopped by
+Ctrl-C with the work saved, 141 where whoever read the output has gone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from ultramem.config import TrainConfig, from_dict
 from ultramem.data_cli import add_data_commands
 from ultramem.generate_cli import EXPORTS, add_generate_command
 from ultramem.input_errors import INPUT_ERRORS, one_line
+from ultramem.plan_cli import add_plan_command
 from ultramem.profile_cli import add_profile_command
 from ultramem.train_cli import add_train_commands
 
@@ -102,8 +104,13 @@ def _build_parser() -> _Parser:
     sub.add_argument("--kernels", metavar="K", help="of our nodes: plugin (default) or body (tensorrt)")
     sub.add_argument("--device", default="cpu", metavar="D", help="of native code: cpu (default) or cuda (aoti)")
     sub.add_argument("--decode", action="store_true", help="a graph of one new token; in AOTInductor beside the other")
+    help_text = "choose candidates by coarse keys (default: in graphs of one token, where keys are large)"
+    sub.add_argument("--coarse-keys", action=argparse.BooleanOptionalAction, help=help_text)
+    sub.add_argument("--profiled", action="store_true", help="compiled so that a profile tells its stages apart (aoti)")
 
     add_profile_command(command)
+
+    add_plan_command(command)
 
     help_text = "Download text, or tokenise it once into shards."
     add_data_commands(commands.add_parser("data", help=help_text, description=help_text), finish)
@@ -180,14 +187,18 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     from ultramem.export import ExportOptions, export_model
     from ultramem.export.options import parse_static
     from ultramem.graph.weights import load
+    from ultramem.runtime.profile import profiled_compilation
     from ultramem.runtime.run_facts import run_facts
 
+    if args.profiled and args.to != "aoti":
+        raise ValueError(f"profiled is for aoti, whose kernels are compiled, got to {args.to!r}")
     options = ExportOptions(
         dtype=args.dtype,
         table=args.table,
         static=None if args.static is None else parse_static(args.static),
         decode=args.decode,
         device=args.device,
+        coarse_keys=args.coarse_keys,
         sizes=args.sizes,
         kernels=args.kernels,
     )
@@ -195,7 +206,8 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     rounds = (options.dtype, options.table) != ("fp32", None)
     bits_per_byte = _held_out_bits(args.run_folder) if rounds else None
     run = run_facts(args.run_folder) if args.to == "huggingface" else None
-    manifest = export_model(model, args.to, args.out, options=options, bits_per_byte=bits_per_byte, run=run)
+    with profiled_compilation() if args.profiled else contextlib.nullcontext():
+        manifest = export_model(model, args.to, args.out, options=options, bits_per_byte=bits_per_byte, run=run)
     document: dict[str, Any] = json.loads((args.out / "manifest.json").read_text())
     if not args.json:
         print(f"{args.out}: {manifest}")

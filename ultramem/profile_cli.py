@@ -49,6 +49,12 @@ def add_profile_command(command: Callable[[str, Any, str], argparse.ArgumentPars
     )
     sub.add_argument("--baseline", type=Path, metavar="FILE", help="earlier profile.json of this model and machine")
     sub.add_argument("--fail-if", metavar="LIMITS", help=FAIL_IF)
+    sub.add_argument(
+        "--check-sums",
+        action="store_true",
+        help="exit code 1 where the stages of an engine, batch and phase, and what is outside of them, are more than "
+        "10%% off the forward without instruments, over all and in every turn",
+    )
 
 
 def _profile(args: argparse.Namespace) -> dict[str, Any]:
@@ -61,6 +67,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
     from ultramem.runtime.profile import print_profile, profile, to_json
     from ultramem.runtime.profile.baseline import change_table, compare, parse_limits
     from ultramem.runtime.profile.chrome_trace import chrome_trace
+    from ultramem.runtime.profile.sums import check_sums
     from ultramem.runtime.profile.table import wide_console
     from ultramem.runtime.report import render_profile, write_report
 
@@ -92,12 +99,17 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print_profile(measured)
         print(f"{args.out / 'profile.json'}, {args.out / 'trace.json'} and {args.out / 'report.html'}")
+    args.exit_code = 0
+    if args.check_sums:
+        for line in (wrong := check_sums(document)):
+            print(line, file=sys.stderr)
+        args.exit_code = 1 if wrong else 0
     if baseline is None:
         return document
     changes = compare(baseline, document, limits)
     if not args.json:
         wide_console().print(change_table(changes))
-    args.exit_code = 1 if any(change.fails for change in changes) else 0
+    args.exit_code = 1 if args.exit_code or any(change.fails for change in changes) else 0
     return {**document, "changes": [dataclasses.asdict(change) for change in changes]}
 
 

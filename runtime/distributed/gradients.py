@@ -109,11 +109,10 @@ def _added_up(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks of sparse gradients [N,D], each of its own touched rows."""
     gradient = coalesced(gradient)
     rows_U, values_UD = gradient._indices()[0], gradient._values()
-    everybodys = Way(ALL_GATHER, group.group_name, group.size())
-    sizes = exchange(torch.tensor([len(rows_U)], device=rows_U.device), everybodys).tolist()
+    gather = Way(ALL_GATHER, group.group_name, group.size())
+    sizes = exchange(torch.tensor([len(rows_U)], device=rows_U.device), gather).tolist()
     most = max(sizes)
-    all_rows = exchange(_padded(rows_U, most), everybodys)
-    all_values = exchange(_padded(values_UD, most), everybodys)
+    all_rows, all_values = (exchange(_padded(tensor, most), gather) for tensor in (rows_U, values_UD))
     kept = torch.cat([torch.arange(size, device=rows_U.device) + most * i for i, size in enumerate(sizes)])
     added = torch.sparse_coo_tensor(
         all_rows[kept].unsqueeze(0), all_values[kept], gradient.shape, check_invariants=False

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
 
 from ultramem.graph.sharded_module import parts_of
 from ultramem.graph.value_table import ValueTable
 from ultramem.runtime.distributed.ranks import Ranks
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def cut_dimension(shape: Sequence[int], ranks: int) -> int:
+    """Along which FSDP cuts a weight: the first that divides by the ranks, and the very first where none does.
+
+    FSDP pads an uneven first dimension to as many as there are ranks, and so keys of two heads to the keys of many.
+    """
+    return next((dim for dim, length in enumerate(shape) if length % ranks == 0), 0)
+
+
+def _cut(ranks: int, weight: nn.Parameter) -> Shard:
+    return Shard(cut_dimension(weight.shape, ranks))
 
 
 class ShardedLoss(nn.Module):
@@ -34,7 +48,9 @@ class ShardedLoss(nn.Module):
             for parameter in module.parameters()
         }
         tables |= {part.parameter for part in parts_of(model).values()}
-        fully_shard(self, mesh=ranks.mesh._flatten("ranks"), ignored_params=tables)
+        fully_shard(
+            self, mesh=ranks.mesh._flatten("ranks"), ignored_params=tables, shard_placement_fn=partial(_cut, ranks.size)
+        )
         unit = self._unit()
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)

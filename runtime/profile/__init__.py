@@ -2,13 +2,14 @@
 
 from ultramem.machine import Machine, measure_machine
 from ultramem.runtime.profile.arithmetic import MEMORY_STAGES, STAGES, StageCost, stage_costs
-from ultramem.runtime.profile.inductor_kernels import COMPILE_OPTIONS
+from ultramem.runtime.profile.inductor_kernels import COMPILE_OPTIONS, profiled_compilation
 from ultramem.runtime.profile.measure import Engine, WrongLogitsError
 from ultramem.runtime.profile.profiler import profile
 from ultramem.runtime.profile.request_schema import Request, RowUse
 from ultramem.runtime.profile.schema import (
     EngineRecord,
     Latency,
+    ModuleRow,
     NodeRow,
     Profile,
     ProfiledModel,
@@ -29,6 +30,7 @@ __all__ = [
     "EngineRecord",
     "Latency",
     "Machine",
+    "ModuleRow",
     "NodeRow",
     "Profile",
     "ProfiledModel",
@@ -44,6 +46,7 @@ __all__ = [
     "measure_machine",
     "print_profile",
     "profile",
+    "profiled_compilation",
     "stage_costs",
     "to_json",
 ]

@@ -68,6 +68,14 @@ def stage_costs(
     return tuple(costs)
 
 
+def modules_of_stages(config: ModelConfig) -> dict[str, int]:
+    """How many modules share a stage's cost in equal parts; stages whose modules do not are left out ("other")."""
+    memories = len(config.parsed_insertions) if config.memory is not None else 0
+    mlps = config.num_layers - len(config.layers_without_mlp)
+    counts = dict.fromkeys(MEMORY_STAGES, memories) | {"attention": config.num_layers, "mlp": mlps, "head": 1}
+    return {stage: number for stage, number in counts.items() if number}
+
+
 def _memory_costs(memory: MemoryConfig, layers: int, batch: int, new_tokens: int, size: int) -> list[StageCost]:
     """The five stages of `layers` memory layers."""
     t = batch * new_tokens

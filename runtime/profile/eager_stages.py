@@ -1,45 +1,71 @@
-"""Stages and nodes of eager: operators under the profiler on a CPU, timers around the modules on other devices."""
+"""Stages and nodes of eager: timers around the modules, and on a CPU the operators in them by the profiler.
+
+The profiler writes a record of each of a thousand operators, most of them inside of others, which takes a third of the
+time of a decode step. Timers around the thirty modules that are stages take little. So they say how long a module
+takes, and the profiler, in forwards of its own, how that divides among the module's operators.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ultramem.machine import synchronize
+from ultramem.runtime.profile.divided_runs import divided
 from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.modules import BETWEEN, TABLE, module_of_path, stage_of_module, stage_of_path
 from ultramem.runtime.profile.profiled_calls import CALL, Span, profiled_spans
 from ultramem.runtime.profile.schema import StageTimes
-from ultramem.runtime.profile.stages import MODULE_KIND, NodeTime, Run, summarize
+from ultramem.runtime.profile.stage_turns import stages_in_turns
+from ultramem.runtime.profile.stages import MODULE_KIND, NodeTime, Run
 
-PROFILED = "PyTorch's profiler: outermost operators, and modules that are stages around them"
-TIMED = "timers around the modules"
+TIMED = "timers around the modules that are stages, their measured cost taken off"
+PROFILED = f"{TIMED}; a module's time is divided among its operators as in forwards under PyTorch's profiler"
 _MODULE_SPAN = "ultramem::module "
+_COST_CALLS, _COST_REPEATS = 100, 20
+
+Forward = Callable[..., Any]
+
+
+class TimerCost(NamedTuple):
+    """What a timer around a module costs."""
+
+    inside_us: float
+    """Of the time that it measures."""
+    whole_us: float
 
 
 def eager_stages(model: nn.Module, cell: Cell, *, repeats: int, device: torch.device) -> StageTimes:
     """Of the modules of `model`, which `cell` runs."""
-    if device.type == "cpu":
-        opened: list[Any] = []
 
-        def before(name: str) -> None:
+    def instrumented(count: int) -> list[Run]:
+        timed = timed_runs(model, cell, count, device)
+        return timed if device.type != "cpu" else divided(timed, eager_runs(_profiled(model, cell, count)))
+
+    return stages_in_turns(
+        cell, PROFILED if device.type == "cpu" else TIMED, instrumented, repeats=repeats, device=device
+    )
+
+
+def _profiled(model: nn.Module, cell: Cell, repeats: int) -> list[Span]:
+    def wrapped(name: str, forward: Forward) -> Forward:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
             # Takes a tenth of the time of torch.profiler.record_function.
-            opened.append(torch._C._profiler._RecordFunctionFast(_MODULE_SPAN + name))
-            opened[-1].__enter__()
+            with torch._C._profiler._RecordFunctionFast(_MODULE_SPAN + name):
+                return forward(*args, **kwargs)
 
-        def after(name: str) -> None:
-            opened.pop().__exit__(None, None, None)
+        return recorded
 
-        with _hooks(model, before, after):
-            spans = profiled_spans(cell.call, repeats, unseen=True)
-        return summarize(cell, PROFILED, eager_runs(spans))
-    return summarize(cell, TIMED, _timed_runs(model, cell, repeats, device))
+    with _around_modules(model, wrapped):
+        return profiled_spans(cell.call, repeats, unseen=True)
 
 
 def eager_runs(spans: Iterable[Span]) -> list[Run]:
@@ -83,53 +109,94 @@ def _node(name: str, kind: str, module: str, span: Span, call_start_us: float) -
 
 
 @contextlib.contextmanager
-def _hooks(model: nn.Module, before: Callable[[str], object], after: Callable[[str], object]) -> Iterator[None]:
-    """Call `before` and `after` with the path of each module that is a stage, around its forward."""
-    handles = []
+def _around_modules(model: nn.Module, wrapped: Callable[[str, Forward], Forward]) -> Iterator[None]:
+    """Put `wrapped(path, forward)` in the place of the forward of each module that is a stage.
+
+    Not by hooks: a module that has some is called in a slower way, which takes longer than the timer.
+    """
+    changed = []
     for path, module in model.named_modules():
         stage = stage_of_path(path)
         # The outermost module of a stage holds its children's time, and a lookup that of its table.
         if stage is not None and stage_of_path(path.rpartition(".")[0]) is None and not TABLE.search(path):
-            name = module_of_path(path) or path
-
-            def enter(module: nn.Module, args: Any, _name: str = name) -> None:
-                before(_name)
-
-            def leave(module: nn.Module, args: Any, output: Any, _name: str = name) -> None:
-                after(_name)
-
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+            object.__setattr__(module, "forward", wrapped(module_of_path(path) or path, module.forward))
+            changed.append(module)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module in changed:
+            object.__delattr__(module, "forward")
 
 
-def _timed_runs(model: nn.Module, cell: Cell, repeats: int, device: torch.device) -> list[Run]:
+def timed_runs(model: nn.Module, cell: Cell, repeats: int, device: torch.device) -> list[Run]:
     """A module is one node, whose work on the device has ended before the next begins."""
-    begun: list[int] = []
-    nodes: list[NodeTime] = []
-    start_ns = 0
+    cost = timer_cost(device)
+    return [_without_cost(run, cost) for run in _timed(model, cell.call, repeats, device)]
 
-    def before(name: str) -> None:
-        synchronize(device)
-        begun.append(time.perf_counter_ns())
 
-    def after(name: str) -> None:
-        synchronize(device)
-        begin_ns = begun.pop()
-        time_us = (time.perf_counter_ns() - begin_ns) / 1e3
-        stages = (stage_of_module(name),)
-        nodes.append(NodeTime(name, MODULE_KIND, (name,), stages, (begin_ns - start_ns) / 1e3, time_us, time_us))
+def _timed(model: nn.Module, call: Callable[[], object], repeats: int, device: torch.device) -> list[Run]:
+    ended: list[tuple[str, int, int]] = []
+    now = time.perf_counter_ns if device.type == "cpu" else partial(_now_ns, device)
+
+    def wrapped(name: str, forward: Forward) -> Forward:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start_ns = now()
+            result = forward(*args, **kwargs)
+            ended.append((name, start_ns, now()))
+            return result
+
+        return timed
 
     runs = []
-    with _hooks(model, before, after):
+    with _around_modules(model, wrapped):
         for _ in range(repeats):
-            nodes.clear()
+            ended.clear()
             synchronize(device)
             start_ns = time.perf_counter_ns()
-            cell.call()
+            call()
             synchronize(device)
-            runs.append(Run((time.perf_counter_ns() - start_ns) / 1e3, tuple(nodes)))
+            end_ns = time.perf_counter_ns()
+            nodes = (_timed_node(name, first_ns - start_ns, last_ns - first_ns) for name, first_ns, last_ns in ended)
+            runs.append(Run((end_ns - start_ns) / 1e3, tuple(nodes)))
     return runs
+
+
+def _now_ns(device: torch.device) -> int:
+    synchronize(device)
+    return time.perf_counter_ns()
+
+
+def _timed_node(name: str, start_ns: int, time_ns: int) -> NodeTime:
+    return NodeTime(name, MODULE_KIND, (name,), (stage_of_module(name),), start_ns / 1e3, time_ns / 1e3, time_ns / 1e3)
+
+
+def timer_cost(device: torch.device) -> TimerCost:
+    """Of a timer around a module that does nothing: calls of it with the timer and without."""
+    module = nn.Identity()
+    model = nn.ModuleDict({"head": module})  # by its name a stage
+
+    def call() -> None:
+        for _ in range(_COST_CALLS):
+            module(None)
+
+    plain_us = []
+    for _ in range(_COST_REPEATS):
+        start_ns = time.perf_counter_ns()
+        call()
+        plain_us.append((time.perf_counter_ns() - start_ns) / 1e3 / _COST_CALLS)
+    runs = _timed(model, call, _COST_REPEATS, device)
+    plain, whole = min(plain_us), min(run.wall_us / _COST_CALLS for run in runs)  # as undisturbed as they come
+    inside = statistics.median(node.time_us for run in runs for node in run.nodes)
+    return TimerCost(max(0.0, inside - plain), max(0.0, whole - plain))
+
+
+def _without_cost(run: Run, cost: TimerCost) -> Run:
+    nodes = tuple(
+        node._replace(
+            start_us=node.start_us - index * cost.whole_us,
+            time_us=max(0.0, node.time_us - cost.inside_us),
+            span_us=max(0.0, node.span_us - cost.inside_us),
+        )
+        for index, node in enumerate(run.nodes)
+    )
+    return Run(run.wall_us, nodes, cost.whole_us * len(run.nodes))

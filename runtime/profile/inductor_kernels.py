@@ -17,7 +17,7 @@ from torch import fx
 
 from ultramem.runtime.profile.arithmetic import MEMORY_STAGES
 from ultramem.runtime.profile.modules import module_of_stack, stage_of_module
-from ultramem.runtime.profile.stack_traces import stages_of_traces
+from ultramem.runtime.profile.stack_traces import sources_tag, stages_of_traces
 
 COMPILE_OPTIONS = {"trace.provenance_tracking_level": 2, "cpp.enable_kernel_profile": True}
 """Inductor options under which a model must be compiled for its stages to be told apart."""
@@ -37,10 +37,52 @@ class Kernel(NamedTuple):
 
 
 @contextlib.contextmanager
-def recorded_compilation() -> Iterator[list[list[Kernel]]]:
-    """Compile with `COMPILE_OPTIONS` inside the block; yields a list that fills with the kernels of each graph."""
-    from torch._inductor import compile_fx as compiler
+def profiled_compilation() -> Iterator[None]:
+    """What is compiled inside the block can be told apart by stages."""
     from torch._inductor import config
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch.compiler import config as compiler_config
+
+    # A graph from the compiler's cache has the stack traces of the sources that it was compiled from, which may stand
+    # elsewhere, or have other lines, by now.
+    with (
+        config.patch(COMPILE_OPTIONS),
+        compiler_config.patch(cache_key_tag=sources_tag()),  # type: ignore[attr-defined]  # installed at import
+        _without_stack_traces(CppWrapperCpu),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _without_stack_traces(wrapper: type) -> Iterator[None]:
+    """Leave the kernels' stack traces out of the code that AOTInductor generates.
+
+    With kernel profiling on, the code would read a kernel's traces line by line before each launch of it, which took a
+    decode step as long again as the kernels. They are for messages about a kernel that failed.
+    """
+    guard, call = (
+        getattr(wrapper, name, None) for name in ("write_kernel_context_guard", "generate_c_shim_extern_kernel_call")
+    )
+    if guard is None or call is None:  # a version of torch that writes none
+        yield
+        return
+
+    def call_without(self: Any, *args: Any, **kwargs: Any) -> None:
+        call(self, *args, **{**kwargs, "stack_traces": None})
+
+    setattr(wrapper, guard.__name__, lambda *args, **kwargs: None)
+    setattr(wrapper, call.__name__, call_without)
+    try:
+        yield
+    finally:
+        setattr(wrapper, guard.__name__, guard)
+        setattr(wrapper, call.__name__, call)
+
+
+@contextlib.contextmanager
+def recorded_compilation() -> Iterator[list[list[Kernel]]]:
+    """`profiled_compilation`; yields a list that fills with the kernels of each graph."""
+    from torch._inductor import compile_fx as compiler
     from torch._inductor.output_code import CompiledFxGraph
 
     graphs: list[list[Kernel]] = []
@@ -64,7 +106,7 @@ def recorded_compilation() -> Iterator[list[list[Kernel]]]:
     setattr(CompiledFxGraph, "post_compile", post_compile)  # noqa: B010
     setattr(compiler, "compile_fx", compile_fx)  # noqa: B010
     try:
-        with config.patch(COMPILE_OPTIONS):
+        with profiled_compilation():
             yield graphs
     finally:
         setattr(CompiledFxGraph, "post_compile", original)  # noqa: B010

@@ -9,68 +9,95 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+
+import torch
 
 from ultramem.runtime.profile.inductor_kernels import Kernel
 from ultramem.runtime.profile.measure import Cell
-from ultramem.runtime.profile.profiled_calls import CALL, profiled_spans
+from ultramem.runtime.profile.profiled_calls import CALL, event_cost_us, profiled_spans
 from ultramem.runtime.profile.schema import StageTimes
-from ultramem.runtime.profile.stages import NodeTime, Run, not_separable, summarize
+from ultramem.runtime.profile.stage_turns import NotSeparableError, stages_in_turns
+from ultramem.runtime.profile.stages import NodeTime, Run, not_separable
 
-METHOD = "profiler events of the generated kernels"
+METHOD = "profiler events of the generated kernels, the measured cost of an event taken off"
 
 _COMPILED_GRAPH = "## Call CompiledFxGraph"
 
 
-def kernel_stages(cell: Cell, graphs: Sequence[Sequence[Kernel]], *, repeats: int) -> StageTimes:
+def kernel_stages(cell: Cell, graphs: Sequence[Sequence[Kernel]], *, repeats: int, device: torch.device) -> StageTimes:
     """Time of each kernel and set of stages, from the profiler's events of the generated kernels."""
     if not any(graphs):
         return not_separable(
             cell, "compiled without COMPILE_OPTIONS: profile exports it so where there is no export yet"
         )
+    return stages_in_turns(
+        cell, METHOD, lambda count: _kernel_runs(cell, graphs, count), repeats=repeats, device=device
+    )
+
+
+def _kernel_runs(cell: Cell, graphs: Sequence[Sequence[Kernel]], repeats: int) -> list[Run]:
+    event_us = event_cost_us()
     runs = []
-    for wall_us, events in _profiled_calls(cell, repeats):
-        kernels = next((graph for graph in graphs if _follows(events, graph)), None)
+    for call in _profiled_calls(cell, repeats):
+        kernels = next((graph for graph in graphs if _follows(call.kernels, graph)), None)
         if kernels is None:
-            return not_separable(cell, "the kernels that ran are not, one for one, those of a compiled graph")
+            raise NotSeparableError("the kernels that ran are not, one for one, those of a compiled graph")
         nodes = tuple(
             NodeTime(
                 f"{index} {kernel.name}",
                 kernel.name,
                 kernel.modules,
                 kernel.stages,
-                event.start_us,
-                event.time_us,
-                event.time_us,
+                event.start_us - event_us * event.events_before,
+                max(0.0, event.time_us - event_us * event.events_inside),
+                max(0.0, event.time_us - event_us * event.events_inside),
                 kernel.fx_nodes,
             )
-            for index, (kernel, event) in enumerate(zip(kernels, events, strict=True))
+            for index, (kernel, event) in enumerate(zip(kernels, call.kernels, strict=True))
         )
-        runs.append(Run(wall_us, nodes))
-    return summarize(cell, METHOD, runs)
+        runs.append(Run(call.wall_us, nodes, event_us * call.events))
+    return runs
 
 
-class _Event(NamedTuple):
+@dataclass(slots=True)
+class _Event:
     name: str
     start_us: float
     """From the start of the call."""
     time_us: float
+    events_before: int
+    """Of the profiler, in the same call; what an event costs lies outside of its own span, and inside of others'."""
+    events_inside: int = 0
 
 
-def _profiled_calls(cell: Cell, repeats: int) -> list[tuple[float, list[_Event]]]:
-    """Of each call: its wall time, and its outermost kernel events in order."""
-    calls: list[tuple[float, list[_Event]]] = []
+@dataclass(slots=True)
+class _Call:
+    wall_us: float
+    kernels: list[_Event] = field(default_factory=list)
+    """The outermost kernel events, in order."""
+    events: int = 0
+    """All of them."""
+
+
+def _profiled_calls(cell: Cell, repeats: int) -> list[_Call]:
+    calls: list[_Call] = []
     call_start = kernel_end = graph_end = float("-inf")
     for span in sorted(profiled_spans(cell.call, repeats), key=lambda span: (span.start_us, -span.time_us)):
         end_us = span.start_us + span.time_us
         if span.name == CALL:
             call_start = span.start_us
-            calls.append((span.time_us, []))
-        elif span.name.startswith(_COMPILED_GRAPH):
+            calls.append(_Call(span.time_us))
+            continue
+        call = calls[-1]
+        if span.name.startswith(_COMPILED_GRAPH):
             graph_end = end_us
-        elif span.start_us >= kernel_end and _is_kernel(span.name, in_graph=span.start_us < graph_end):
+        elif span.start_us < kernel_end:
+            call.kernels[-1].events_inside += 1
+        elif _is_kernel(span.name, in_graph=span.start_us < graph_end):
             kernel_end = end_us
-            calls[-1][1].append(_Event(span.name, span.start_us - call_start, span.time_us))
+            call.kernels.append(_Event(span.name, span.start_us - call_start, span.time_us, call.events))
+        call.events += 1
     return calls
 
 

@@ -1,57 +1,154 @@
-"""Stages and nodes of ONNX Runtime: its own profile of the nodes, whose names say which part of the model they are."""
+"""Stages and nodes of ONNX Runtime: the graph that it runs, with stamps between modules and behind every node."""
 
 from __future__ import annotations
 
 import ast
-import json
+import itertools
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
+import torch
 
-from ultramem.runtime.profile.measure import Cell, Inputs
+from ultramem.export.onnx_session import OnnxModel
+from ultramem.runtime.profile.divided_runs import divided
+from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.modules import BETWEEN, module_of_path, module_of_stack, stage_of_module
-from ultramem.runtime.profile.schema import DECODE, StageTimes
-from ultramem.runtime.profile.stages import NodeTime, Run, summarize
+from ultramem.runtime.profile.onnx_stamps import DOMAIN, Interval, StampedRun, add_stamps, stamped_runs, stamps_of
+from ultramem.runtime.profile.schema import StageTimes
+from ultramem.runtime.profile.stage_turns import NotSeparableError, stages_in_turns
+from ultramem.runtime.profile.stages import NodeTime, Run
 
-METHOD = "ONNX Runtime's profile of its nodes; a norm that it fused counts with the attention or MLP behind it"
-_KERNEL_SUFFIX = "_kernel_time"
+METHOD = (
+    "stamps in ONNX Runtime's graph where it goes from one module to another, their measured cost taken off; a "
+    "module's time is divided among its nodes as in forwards with a stamp behind every node. A node is timed with the "
+    "runtime's dispatch of it, and a norm that the runtime fused counts with the attention or MLP behind it"
+)
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_WEIGHTS_OUTSIDE = {"file_name": "optimized.data", "min_size_in_bytes": "1024"}
+_STAMPS_A_NODE = 8
+"""Room for as many: two behind each of its outputs."""
+_WARM_UP = 3
 
 
-def onnx_stages(model_path: Path, cell: Cell, inputs: Inputs, *, repeats: int) -> StageTimes:
-    """Run the cell's forward on a session of its own with ONNX Runtime's profiling on."""
-    import onnxruntime
+class StampedSessions:
+    """Two more sessions of an engine's export: with a stamp behind every node, and with stamps between modules."""
 
-    from ultramem.export.onnx_plugin import find_plugin, register
-    from ultramem.export.onnx_stages import stages_of_optimized_model
+    def __init__(self, model_path: Path, engine: OnnxModel, library: Path, cell: Cell) -> None:
+        """`engine` runs `cell`, which says in what order the nodes run."""
+        import onnxruntime
 
-    with tempfile.TemporaryDirectory() as folder:
+        from ultramem.export.onnx_stages import stages_of_optimized_model
+
+        self._library, self._engine = library, engine
+        self._threads = engine.session.get_session_options().intra_op_num_threads
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            # The kernels of this package run its nodes where they do in the engine.
+            options = self._options(own_kernels=not engine.kernels.startswith("standard operators"))
+            # Fused nodes have names of their own: the graph that really runs says what they were made of.
+            options.optimized_model_filepath = str(optimized)
+            for entry, value in _WEIGHTS_OUTSIDE.items():
+                options.add_session_config_entry(f"session.optimized_model_external_initializers_{entry}", value)
+            onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+            parts = stages_of_optimized_model(optimized)
+            exact = modules_of_file(model_path)
+            modules = {name: exact.get(name, module_of_path(part) or BETWEEN) for name, part in parts.items()}
+            self._detailed, places = self._stamped(optimized, None)
+            self.nodes = [node and (node.name, node.op_type, modules[node.name]) for node in places]
+            """Name, operator and module of each place; none of an input."""
+            ((_, _, run),) = self._stamps(self._detailed, cell, 1)
+            order = [each.place for each in run.intervals if self.nodes[each.place] is not None]
+            self.last_of_modules = [
+                place for place, after in itertools.pairwise(order) if self._named(place)[2] != self._named(after)[2]
+            ] + order[-1:]
+            """Places, in the order in which they run."""
+            self._coarse, _ = self._stamped(optimized, self.last_of_modules)
+
+    def runs(self, cell: Cell, repeats: int) -> list[Run]:
+        return divided(self.coarse_runs(cell, repeats), self._runs(self._detailed, cell, repeats))
+
+    def coarse_runs(self, cell: Cell, repeats: int) -> list[Run]:
+        """Nodes are the pieces of the graph between two modules."""
+        runs = self._runs(self._coarse, cell, repeats)
+        for run in runs:
+            expected = [self._named(place)[0] for place in self.last_of_modules]
+            # The first piece has no stamp before it, where it begins with no input.
+            if [node.node for node in run.nodes][-len(expected) + 1 :] != expected[1:]:
+                raise NotSeparableError("with stamps between the modules, the nodes run in another order")
+        return runs
+
+    def _runs(self, session: Any, cell: Cell, repeats: int) -> list[Run]:
+        return [node_run(*each, self.nodes) for each in self._stamps(session, cell, repeats)]
+
+    def _stamps(self, session: Any, cell: Cell, repeats: int) -> list[tuple[int, int, StampedRun]]:
+        """Start and end of each forward, and its stamps, with `session` in the place of the engine's own."""
+        walls_ns, stamps = [], []
+        plain, self._engine.session = self._engine.session, session
+        try:
+            with stamps_of(self._library, _STAMPS_A_NODE * len(self.nodes)) as take:
+                for _ in range(_WARM_UP):
+                    cell.call()
+                for _ in range(repeats):
+                    take()
+                    start_ns = time.perf_counter_ns()
+                    cell.call()
+                    walls_ns.append((start_ns, time.perf_counter_ns()))
+                    stamps.append(take())
+        finally:
+            self._engine.session = plain
+        return [(*wall, run) for wall, run in zip(walls_ns, stamped_runs(stamps), strict=True)]
+
+    def _stamped(self, optimized: Path, chosen: Sequence[int] | None) -> tuple[Any, list[Any]]:
+        """A session of the optimized graph with stamps, and the node of each place."""
+        import onnx
+        import onnxruntime
+
+        model = onnx.load(str(optimized), load_external_data=False)
+        places = add_stamps(model.graph, chosen)
+        if all(each.domain != DOMAIN for each in model.opset_import):
+            model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+        stamped = optimized.with_name("stamped.onnx")  # beside its weights
+        onnx.save(model, str(stamped))
+        options = self._options(own_kernels=True)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(str(stamped), options, providers=["CPUExecutionProvider"])
+        return session, places
+
+    def _options(self, *, own_kernels: bool) -> Any:
+        import onnxruntime
+
+        from ultramem.export.onnx_plugin import register
+
         options = onnxruntime.SessionOptions()
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        # Fused nodes have names of their own: the graph that really runs says what they were made of.
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        options.log_severity_level = 3  # it warns that such a file is for this machine alone
-        if not find_plugin().problem:  # the engine that is timed has it too
+        options.log_severity_level = 3  # it warns that an optimized file is for this machine alone
+        if self._threads > 0:
+            options.intra_op_num_threads = self._threads
+        if own_kernels:
             register(options)
-        session = onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()]
-        feeds = _feeds(session, inputs.prompt_BS, {})
-        if cell.phase == DECODE:
-            outputs = dict(zip(names, session.run(None, feeds), strict=True))
-            feeds = _feeds(session, inputs.next_B1, outputs)
-        for _ in range(repeats + 1):
-            session.run(None, feeds)
-        events = json.loads(Path(session.end_profiling()).read_text())
-        parts = stages_of_optimized_model(options.optimized_model_filepath)
-    modules = {name: module_of_path(part) or BETWEEN for name, part in parts.items()}
-    exact = modules_of_file(model_path)
-    modules = {name: exact.get(name, module) for name, module in modules.items()}
-    return summarize(cell, METHOD, node_runs(events, modules)[-repeats:])
+        return options
+
+    def _named(self, place: int) -> tuple[str, str, str]:
+        named = self.nodes[place]
+        assert named is not None, "an input has no time of its own"
+        return named
+
+
+def onnx_stages(stamped: StampedSessions, cell: Cell, *, repeats: int, device: torch.device) -> StageTimes:
+    """Stages of the cell, whose engine the sessions were made for."""
+    return stages_in_turns(cell, METHOD, lambda count: stamped.runs(cell, count), repeats=repeats, device=device)
+
+
+def open_stamped(model_path: Path, engine: OnnxModel, cell: Cell) -> StampedSessions | str:
+    """The stamped graphs of an export; or why there are none."""
+    from ultramem.export.onnx_plugin import find_plugin
+
+    plugin = find_plugin()
+    if plugin.file is None:
+        return f"stamps are a kernel of this package: {plugin.problem}"
+    return StampedSessions(model_path, engine, plugin.file, cell)
 
 
 def modules_of_file(model_path: Path) -> dict[str, str]:
@@ -67,57 +164,29 @@ def modules_of_file(model_path: Path) -> dict[str, str]:
     return found
 
 
-def _feeds(session: Any, input_ids_BS: Tensor, outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs by name after the forward that gave `outputs`; after none, an empty cache."""
-    ids = input_ids_BS.cpu().numpy()
-    batch, new_tokens = ids.shape
-    feeds = {}
-    past = 0
-    for each in session.get_inputs():
-        kind, dot, rest = each.name.partition(".")
-        if not dot:
+def node_run(start_ns: int, end_ns: int, run: StampedRun, nodes: Sequence[tuple[str, str, str] | None]) -> Run:
+    """The forward from `start_ns` to `end_ns`; what lies before the stamp of an input belongs to the node after it."""
+    found = []
+    begun: Interval | None = None
+    waited_ns = 0.0
+    for interval in run.intervals:
+        begun = begun or interval
+        named = nodes[interval.place]
+        if named is None:
+            waited_ns += interval.time_ns
             continue
-        present = f"present{'_conv' if kind == 'past_conv' else ''}.{rest}"
-        # The free size of a cache is its number of tokens; a convolution's sizes are all fixed but the batch.
-        shape = [batch, *(size if isinstance(size, int) else 0 for size in each.shape[1:])]
-        feeds[each.name] = outputs.get(present, np.zeros(shape, dtype=np.float32))
-        if kind == "past_key_values":
-            past = feeds[each.name].shape[2]
-    feeds["input_ids"] = ids
-    feeds["attention_mask"] = np.ones((batch, past + new_tokens), dtype=np.int64)
-    feeds["position_ids"] = np.tile(np.arange(past, past + new_tokens), (batch, 1))
-    return feeds
-
-
-def node_runs(events: Iterable[dict[str, Any]], modules: Mapping[str, str]) -> list[Run]:
-    """Each run of the session in ONNX Runtime's profile: its wall time and its nodes.
-
-    Nodes that `modules` lacks are those inside of a loop or branch: the node that holds them has their time.
-    """
-    spans: list[tuple[float, float]] = []
-    found: list[tuple[float, float, str, str]] = []
-    for event in events:
-        if event.get("name") == "model_run":
-            spans.append((event["ts"], event["dur"]))
-        elif event.get("cat") == "Node" and event["name"].endswith(_KERNEL_SUFFIX):
-            name = event["name"].removesuffix(_KERNEL_SUFFIX)
-            if name in modules:
-                found.append((event["ts"], event["dur"], name, event.get("args", {}).get("op_name", "")))
-    found.sort()
-    runs = []
-    for start, duration in sorted(spans):
-        nodes = tuple(
+        name, operator, module = named
+        time_us = (interval.time_ns + waited_ns) / 1e3
+        found.append(
             NodeTime(
                 node=name,
                 kind=operator,
-                modules=(modules[name],),
-                stages=(stage_of_module(modules[name]),),
-                start_us=node_start - start,
-                time_us=node_us,
-                span_us=node_us,
+                modules=(module,),
+                stages=(stage_of_module(module),),
+                start_us=(begun.start_ns - start_ns - begun.stamps_before_ns) / 1e3,
+                time_us=time_us,
+                span_us=time_us,
             )
-            for node_start, node_us, name, operator in found
-            if start <= node_start < start + duration
         )
-        runs.append(Run(duration, nodes))
-    return runs
+        begun, waited_ns = None, 0.0
+    return Run((end_ns - start_ns) / 1e3, tuple(found), run.stamps_ns / 1e3)

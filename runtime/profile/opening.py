@@ -44,6 +44,7 @@ class Opened(NamedTuple):
             warm_up_seconds=self.warm_up_seconds,
             graphs=self.compiled.graphs,
             graph_breaks=self.compiled.graph_breaks,
+            cached_graphs=self.compiled.cached_graphs,
             memory_bytes=self.watch.memory_bytes,
             memory_method=self.watch.method,
             max_abs_difference=agreement.max_abs_difference,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 CALL = "ultramem::call"
+_EVENTS = 300
+"""Of a forward that measures what an event costs: about as many as a small model has."""
+_EVENT_REPEATS = 20
 
 
 class Span(NamedTuple):
@@ -41,3 +45,22 @@ def profiled_spans(call: Callable[[], object], repeats: int, *, unseen: bool = F
     events = [each for each in found.kineto_results.events() if not each.is_hidden_event()]
     first_ns = min(event.start_ns() for event in events)
     return [Span(event.name(), (event.start_ns() - first_ns) / 1e3, event.duration_ns() / 1e3) for event in events]
+
+
+@torch.no_grad()
+def event_cost_us() -> float:
+    """What an event of the profiler costs at least: the fastest calls of a small operator, with it and without."""
+    number = torch.zeros(1)
+
+    def call() -> None:
+        for _ in range(_EVENTS):
+            number.neg_()
+
+    plain_us = []
+    for _ in range(_EVENT_REPEATS):
+        start_ns = time.perf_counter_ns()
+        call()
+        plain_us.append((time.perf_counter_ns() - start_ns) / 1e3)
+    spans = profiled_spans(call, _EVENT_REPEATS)
+    profiled_us = min(span.time_us for span in spans if span.name == CALL)
+    return max(0.0, profiled_us - min(plain_us)) / _EVENTS

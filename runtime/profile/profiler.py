@@ -12,19 +12,15 @@ from ultramem.config import to_dict
 from ultramem.counts import count
 from ultramem.graph import Transformer
 from ultramem.machine import Machine, measure_machine
-from ultramem.runtime.profile.eager_stages import eager_stages
-from ultramem.runtime.profile.inductor_stages import kernel_stages
+from ultramem.runtime.profile.arithmetic import modules_of_stages
 from ultramem.runtime.profile.measure import (
-    Cell,
     Engine,
     Inputs,
     check_agreement,
     draw_inputs,
     make_cells,
     measure_cells,
-    percentile,
 )
-from ultramem.runtime.profile.onnx_stages import onnx_stages
 from ultramem.runtime.profile.opening import Opened, open_ready
 from ultramem.runtime.profile.request_schema import Request, RowUse
 from ultramem.runtime.profile.requests import measure_requests, request_record
@@ -39,12 +35,9 @@ from ultramem.runtime.profile.schema import (
     Settings,
     StageTimes,
 )
-from ultramem.runtime.profile.stages import not_separable
+from ultramem.runtime.profile.stage_timer import StageTimer
 
 ROUNDS = 5
-STAGE_REPEATS = 30
-STAGE_SECONDS = 1.0
-"""Time for the instrumented forwards of one engine, batch and phase; five of them run in any case."""
 CHECK_DRAWS = 3
 
 
@@ -111,6 +104,7 @@ def profile(
     row_use: list[RowUse] = []
     with torch.no_grad():
         opened = [open_ready(engine, model, artifact_folder, draws[0], progress) for engine in engines]
+        timers = [StageTimer(model, each) for each in opened]
         progress("comparing logits with eager and float64")
         agreements = check_agreement(model, [each.engine for each in opened], draws)
         progress("measuring memory bandwidth and GEMM rate")
@@ -129,10 +123,18 @@ def profile(
                     device=device,
                 )
                 latency += [latency_of(cell, arithmetic, machine, settings) for cell in turn]
-                for each, cell in zip(opened, turn, strict=True):
-                    times = _stages_of(model, each, cell, inputs, device)
+                for timer, cell in zip(timers, turn, strict=True):
+                    times = timer.stages(cell)
                     difference = agreements[cell.engine].max_abs_difference
-                    stages.append(with_roofs(times, arithmetic, machine, max_abs_difference=difference))
+                    stages.append(
+                        with_roofs(
+                            times,
+                            arithmetic,
+                            machine,
+                            modules_of_stages=modules_of_stages(model.config),
+                            max_abs_difference=difference,
+                        )
+                    )
             progress(f"timing requests at batch {batch}")
             requests += _requests(opened, inputs, settings, stages[-len(opened) :], device)
             row_use += rows_touched(model, inputs)
@@ -204,21 +206,6 @@ def _requests(
         request_record(each.engine.name, inputs.prompt_BS, samples, launches_per_step=times.launches or None)
         for each, samples, times in zip(opened, found, decode_times, strict=True)
     ]
-
-
-def _stages_of(model: Transformer, opened: Opened, cell: Cell, inputs: Inputs, device: torch.device) -> StageTimes:
-    name, folder = opened.engine.name, opened.folder
-    repeats = max(5, min(STAGE_REPEATS, int(1e6 * STAGE_SECONDS / percentile(cell.samples_us, 0.5))))
-    if name == "eager":
-        # The engine's own model, which is not `model` but shares its weights.
-        return eager_stages(getattr(opened.engine, "model", model), cell, repeats=repeats, device=device)
-    if name == "tensorrt":
-        return not_separable(cell, "an engine's kernels are TensorRT's own, which cross the stages")
-    if device.type != "cpu":
-        return not_separable(cell, f"stages of compiled engines are told apart on a CPU only, this is {device}")
-    if name == "onnx" and folder is not None:
-        return onnx_stages(folder / "model.onnx", cell, inputs, repeats=repeats)
-    return kernel_stages(cell, opened.graphs, repeats=repeats)
 
 
 def _check_arguments(model: Transformer, engines: Sequence[str | Engine], settings: Settings) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from ultramem.graph import Transformer
 from ultramem.machine import Machine
 from ultramem.runtime.profile.arithmetic import stage_costs
 from ultramem.runtime.profile.measure import Cell, percentile
+from ultramem.runtime.profile.modules import stage_of_module
 from ultramem.runtime.profile.schema import (
     DECODE,
     PREFILL,
     Latency,
+    ModuleRow,
     Settings,
     StageArithmetic,
     StageRow,
     StageTimes,
 )
+
+Row = TypeVar("Row", StageRow, ModuleRow)
 
 
 def stage_arithmetic(model: Transformer, machine: Machine, settings: Settings) -> tuple[StageArithmetic, ...]:
@@ -74,12 +79,30 @@ def latency_of(cell: Cell, arithmetic: Sequence[StageArithmetic], machine: Machi
 
 
 def with_roofs(
-    times: StageTimes, arithmetic: Sequence[StageArithmetic], machine: Machine, *, max_abs_difference: float
+    times: StageTimes,
+    arithmetic: Sequence[StageArithmetic],
+    machine: Machine,
+    *,
+    modules_of_stages: Mapping[str, int],
+    max_abs_difference: float,
 ) -> StageTimes:
-    """`times` with bytes, FLOPs and shares of the roofs in its stage rows, and the engine's parity error."""
+    """`times` with bytes, FLOPs and shares of the roofs of stages and modules, and the engine's parity error."""
     costs = _costs(times.batch, times.phase, arithmetic)
     rows = tuple(_row_with_roofs(row, costs, machine) for row in times.rows)
-    return dataclasses.replace(times, rows=rows, max_abs_difference=max_abs_difference)
+    modules = tuple(_module_with_roofs(row, costs, machine, modules_of_stages) for row in times.modules)
+    return dataclasses.replace(times, rows=rows, modules=modules, max_abs_difference=max_abs_difference)
+
+
+def _module_with_roofs(
+    row: ModuleRow, costs: Mapping[str, StageArithmetic], machine: Machine, modules_of_stages: Mapping[str, int]
+) -> ModuleRow:
+    # What is outside of the modules whose work is counted, or is fused over parts of several, has no arithmetic.
+    stages = [stage_of_module(module) for module in row.modules]
+    if (not row.is_whole and len(row.modules) > 1) or any(stage not in modules_of_stages for stage in stages):
+        return row
+    flops = sum(costs[stage].flops // modules_of_stages[stage] for stage in stages)
+    size = sum(costs[stage].total_bytes // modules_of_stages[stage] for stage in stages)
+    return _with_rates(row, flops, size, machine)
 
 
 def _row_with_roofs(row: StageRow, costs: Mapping[str, StageArithmetic], machine: Machine) -> StageRow:
@@ -88,14 +111,18 @@ def _row_with_roofs(row: StageRow, costs: Mapping[str, StageArithmetic], machine
         return row
     flops = sum(costs[stage].flops for stage in row.stages)
     size = sum(costs[stage].total_bytes for stage in row.stages)
+    return _with_rates(row, flops, size, machine)
+
+
+def _with_rates(row: Row, flops: int, size: int, machine: Machine) -> Row:
     seconds = row.time_us / 1e6
     return dataclasses.replace(
         row,
         flops=flops,
         bytes=size,
         flops_per_byte=flops / size,
-        bandwidth_share=size / seconds / machine.bytes_per_second,
-        compute_share=flops / seconds / machine.gemm_flops_per_second,
+        bandwidth_share=size / seconds / machine.bytes_per_second if seconds else None,
+        compute_share=flops / seconds / machine.gemm_flops_per_second if seconds else None,
     )
 
 

@@ -10,7 +10,7 @@ from ultramem.machine import Machine
 from ultramem.runtime.profile.request_schema import Request, RowUse
 from ultramem.runtime.versioned_document import check_version, plain
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 KIND = "ultramem-profile"
 
 PREFILL = "prefill"
@@ -64,6 +64,8 @@ class EngineRecord:
     graphs: int
     """Graphs that torch.compile made meanwhile."""
     graph_breaks: int
+    cached_graphs: int
+    """Graphs that came compiled from torch.compile's cache on disk: the warm-up lacks the time of compiling them."""
     memory_bytes: int | None
     """Highest resident memory while preparing, less the resident memory before; None where it is not known."""
     memory_method: str
@@ -132,6 +134,32 @@ class StageRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleRow:
+    """Time in one module, or in nodes that compute for several: what rows of different engines have in common."""
+
+    modules: tuple[str, ...]
+    """As in `NodeRow`."""
+    stages: tuple[str, ...]
+    time_us: float
+    """Per forward, mean of the faster half of the runs."""
+    p50_us: float
+    """Of all runs, as p90 and p99."""
+    p90_us: float
+    p99_us: float
+    calls: int
+    """Nodes of the graph that ran in it per forward."""
+    is_whole: bool
+    """False: other rows hold a part of these modules too."""
+    flops: int | None
+    """By arithmetic, as of a stage: None for parts of several modules, and for modules whose work is not counted."""
+    bytes: int | None
+    flops_per_byte: float | None
+    bandwidth_share: float | None
+    """Bytes / time / measured bandwidth; where the row is not whole, an upper bound."""
+    compute_share: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NodeRow:
     """Time in one node of the graph that really ran: an operator, or a generated kernel."""
 
@@ -161,7 +189,7 @@ class NodeRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageTimes:
-    """Where the time of one engine, batch and phase goes. The rows and the rest add up to the wall time."""
+    """Where the time of one engine, batch and phase goes. The rows and the rest add up to `sum_us`."""
 
     engine: str
     batch: int
@@ -170,22 +198,32 @@ class StageTimes:
     """How the stages were told apart."""
     runs: int
     """Instrumented forwards."""
-    wall_us: float
-    """Of the instrumented forward, mean of the faster half, which is slower than `Latency.p50_us`."""
-    wall_ratio: float
-    """wall_us / p50_us of the same engine, batch and phase: what the instruments cost, and the faster half gains."""
+    plain_us: float
+    """Wall time without instruments, of forwards that take turns with the instrumented ones: mean of the faster half,
+    as all times here."""
+    instrumented_us: float
+    """Wall time with instruments."""
+    instrument_us: float
+    """What the instruments took of it, by a measurement of their own."""
+    sum_us: float
+    """instrumented_us - instrument_us: what the rows and the rest add up to."""
+    sum_ratio: float
+    """sum_us / plain_us: 1 if what was taken off is what the instruments really cost."""
+    turn_sum_ratios: tuple[float, ...]
+    """The same of each turn of plain and instrumented forwards; none where there are no rows."""
     fastest_us: float
-    """Wall time of the fastest instrumented forward."""
+    """Of the instrumented forward whose sum is the smallest: that sum."""
     max_abs_difference: float
     """Parity error of the engine, as in its `EngineRecord`."""
     rows: tuple[StageRow, ...]
+    modules: tuple[ModuleRow, ...]
     nodes: tuple[NodeRow, ...]
     launches: int
     """Kernels or operators that the forward launched, those outside the stages included."""
     unattributed_us: float
     """In no stage: the framework's own work between kernels and operators."""
     coverage: float
-    """Share of the wall time that the rows explain."""
+    """Share of the sum that the rows explain."""
     note: str
     """Why there are no rows, if there are none."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 from torch import nn
 
@@ -18,6 +20,15 @@ from ultramem.runtime.profile.modules import in_order
 _LINEAR_STAGES = ("head",)
 """Stages that are a plain linear layer: the class does not tell them apart, the line that calls them does."""
 _FRAME = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+), in \S+$')
+
+
+@cache
+def sources_tag() -> str:
+    """Of the paths and contents of the sources that stages are read from: traces of others say nothing of these."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted({file for file, *_ in _stage_sources()}):
+        digest.update(file.encode() + b"\0" + Path(file).read_bytes())
+    return digest.hexdigest()
 
 
 def stages_of_traces(traces: Sequence[str]) -> tuple[str, ...]:

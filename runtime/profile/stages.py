@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from ultramem.runtime.profile.arithmetic import STAGES
 from ultramem.runtime.profile.measure import Cell, percentile
-from ultramem.runtime.profile.schema import NodeRow, StageRow, StageTimes
+from ultramem.runtime.profile.schema import ModuleRow, NodeRow, StageRow, StageTimes
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -37,6 +37,20 @@ class Run(NamedTuple):
 
     wall_us: float
     nodes: tuple[NodeTime, ...]
+    instrument_us: float = 0.0
+    """Of the wall time, what the instruments took by a measurement of their own; the nodes are without it."""
+
+    @property
+    def sum_us(self) -> float:
+        """What the nodes and the framework's own work between them add up to."""
+        return self.wall_us - self.instrument_us
+
+
+class Turn(NamedTuple):
+    """Forwards without instruments, and right after them some with."""
+
+    plain_us: Sequence[float]
+    runs: Sequence[Run]
 
 
 class _Times(NamedTuple):
@@ -49,15 +63,22 @@ class _Times(NamedTuple):
     calls: int
 
 
-def summarize(cell: Cell, method: str, runs: Sequence[Run]) -> StageTimes:
+def faster_half(times_us: Sequence[float]) -> float:
+    """Mean of the faster half, the least disturbed ones."""
+    kept = sorted(times_us)[: (len(times_us) + 1) // 2]
+    return sum(kept) / len(kept)
+
+
+def summarize(cell: Cell, method: str, turns: Sequence[Turn]) -> StageTimes:
     """Rows by stage and by node; bytes, FLOPs and parity are for whoever knows them (`with_roofs`).
 
-    Times are the mean of the faster half of the runs, the least disturbed ones, so that rows and rest add up to the
-    wall time; percentiles are those of all runs.
+    Times are the mean of the faster half of the runs, so that rows and rest add up to their sum; percentiles are those
+    of all runs. The plain forwards that the sum is held to are reduced in the same way.
     """
-    by_speed = sorted(runs, key=lambda run: run.wall_us)
-    kept = by_speed[: (len(runs) + 1) // 2]
-    wall_us = sum(run.wall_us for run in kept) / len(kept)
+    by_speed = sorted((run for turn in turns for run in turn.runs), key=lambda run: run.sum_us)
+    kept = by_speed[: (len(by_speed) + 1) // 2]
+    sum_us = faster_half([run.sum_us for run in by_speed])
+    plain_us = faster_half([each for turn in turns for each in turn.plain_us])
     stage_times = _times(by_speed, len(kept), lambda node: node.stages)
     order = sorted(stage_times, key=lambda stages: (len(stages) > 1, [STAGES.index(stage) for stage in stages]))
     explained_us = sum(times.time_us for times in stage_times.values())
@@ -67,37 +88,49 @@ def summarize(cell: Cell, method: str, runs: Sequence[Run]) -> StageTimes:
         batch=cell.batch,
         phase=cell.phase,
         method=method,
-        runs=len(runs),
-        wall_us=wall_us,
-        wall_ratio=wall_us / percentile(cell.samples_us, 0.5),
-        fastest_us=by_speed[0].wall_us,
+        runs=len(by_speed),
+        plain_us=plain_us,
+        instrumented_us=sum(run.wall_us for run in kept) / len(kept),
+        instrument_us=sum(run.instrument_us for run in kept) / len(kept),
+        sum_us=sum_us,
+        sum_ratio=sum_us / plain_us,
+        turn_sum_ratios=tuple(
+            faster_half([run.sum_us for run in turn.runs]) / faster_half(turn.plain_us) for turn in turns
+        ),
+        fastest_us=by_speed[0].sum_us,
         max_abs_difference=0.0,
         rows=rows,
+        modules=_module_rows(by_speed, len(kept)),
         nodes=_node_rows(by_speed, len(kept)),
         launches=sum(row.calls for row in rows),
-        unattributed_us=wall_us - explained_us,
-        coverage=explained_us / wall_us,
+        unattributed_us=sum_us - explained_us,
+        coverage=explained_us / sum_us,
         note="",
     )
 
 
 def not_separable(cell: Cell, note: str) -> StageTimes:
     """The whole, and why it cannot be divided."""
-    wall_us = percentile(cell.samples_us, 0.5)
+    plain_us = percentile(cell.samples_us, 0.5)
     return StageTimes(
         engine=cell.engine,
         batch=cell.batch,
         phase=cell.phase,
         method="not separable",
         runs=0,
-        wall_us=wall_us,
-        wall_ratio=1.0,
-        fastest_us=wall_us,
+        plain_us=plain_us,
+        instrumented_us=plain_us,
+        instrument_us=0.0,
+        sum_us=plain_us,
+        sum_ratio=1.0,
+        turn_sum_ratios=(),
+        fastest_us=plain_us,
         max_abs_difference=0.0,
         rows=(),
+        modules=(),
         nodes=(),
         launches=0,
-        unattributed_us=wall_us,
+        unattributed_us=plain_us,
         coverage=0.0,
         note=note,
     )
@@ -113,6 +146,26 @@ def _stage_row(stages: tuple[str, ...], times: _Times, all_rows: Sequence[tuple[
         flops_per_byte=None,
         bandwidth_share=None,
         compute_share=None,
+    )
+
+
+def _module_rows(by_speed: Sequence[Run], kept: int) -> tuple[ModuleRow, ...]:
+    """Single modules first, in the order in which they run; nodes that do not say theirs are in none."""
+    stages = {node.modules: node.stages for run in by_speed for node in run.nodes if node.modules}
+    times = _times(by_speed, kept, lambda node: node.modules)
+    return tuple(
+        ModuleRow(
+            modules=modules,
+            stages=stages[modules],
+            **times[modules]._asdict(),
+            is_whole=not any(set(modules) & set(other) for other in stages if other != modules),
+            flops=None,
+            bytes=None,
+            flops_per_byte=None,
+            bandwidth_share=None,
+            compute_share=None,
+        )
+        for modules in sorted(stages, key=len)
     )
 
 
@@ -136,7 +189,7 @@ def _node_rows(by_speed: Sequence[Run], kept: int) -> tuple[NodeRow, ...]:
             fx_nodes=node.fx_nodes,
             stages=node.stages,
             **times[name]._asdict(),
-            fastest_start_us=node.start_us if name in in_fastest else by_speed[0].wall_us,
+            fastest_start_us=node.start_us if name in in_fastest else by_speed[0].sum_us,
             fastest_span_us=node.span_us if name in in_fastest else 0.0,
         )
         for name, node in first.items()

@@ -42,7 +42,9 @@ def wide_console() -> Console:
 
 def engine_table(profile: Profile) -> Table:
     """What comes before the first token, and parity."""
-    table = _table("Engines", ("engine",), ("export", "open", "compile, warm-up", "memory", "graphs", "breaks"))
+    table = _table(
+        "Engines", ("engine",), ("export", "open", "compile, warm-up", "memory", "graphs", "cached", "breaks")
+    )
     for heading in ("largest difference", "accepted"):
         table.add_column(heading, justify="right")
     for row in profile.engines:
@@ -53,6 +55,7 @@ def engine_table(profile: Profile) -> Table:
             time_text(1e6 * row.warm_up_seconds),
             _bytes_or_dash(row.memory_bytes),
             str(row.graphs),
+            str(row.cached_graphs),
             str(row.graph_breaks),
             f"{row.max_abs_difference:.2g}",
             f"{row.tolerance:.2g}",
@@ -124,9 +127,9 @@ def stage_table(profile: Profile) -> Table:
     """Time by stage, a column for each stage; what compilers fused over several stages is one column."""
     present = [stage for stage in STAGES if any((stage,) == row.stages for t in profile.stages for row in t.rows)]
     table = _table(
-        "Time by stage (instrumented forward; against p50: how much longer it takes)",
+        "Time by stage (instrumented forwards, what the instruments cost taken off; plain: forwards without them)",
         ("phase", "batch", "engine"),
-        (*present, "fused over stages", "outside", "sum", "against p50"),
+        (*present, "fused over stages", "outside", "sum", "plain", "sum / plain", "of each turn", "taken off"),
     )
     for times in profile.stages:
         alone = {row.stages[0]: row.time_us for row in times.rows if len(row.stages) == 1}
@@ -139,8 +142,11 @@ def stage_table(profile: Profile) -> Table:
             *cells,
             time_text(fused_us) if fused_us else "-",
             time_text(times.unattributed_us) if times.rows else "not separable",
-            time_text(times.wall_us),
-            f"{times.wall_ratio:.2f}",
+            time_text(times.sum_us),
+            time_text(times.plain_us),
+            f"{times.sum_ratio:.2f}" if times.rows else "-",
+            f"{min(times.turn_sum_ratios):.2f} - {max(times.turn_sum_ratios):.2f}" if times.turn_sum_ratios else "-",
+            time_text(times.instrument_us) if times.rows else "-",
         )
     return table
 

@@ -39,8 +39,8 @@ def machine_section(sources: Sequence[Source]) -> str:
         f"The engines take turns in {settings['rounds']} rounds after a warm-up; each engine, batch and phase has "
         f"{number_text(settings['seconds_per_cell'])} s or {settings['max_samples']} samples, whichever ends first. "
         "A decode step always starts from the same cache.",
-        "Times of stages and nodes come from separate instrumented forwards: the mean of the faster half of them, and "
-        "percentiles of all.",
+        "Times of stages and nodes come from separate instrumented forwards, which take turns with plain ones: the "
+        "mean of the faster half of them, and percentiles of all. What the instruments cost is measured and taken off.",
         f"Requests generate {settings['new_tokens']} tokens greedily, engine after engine in each round.",
     )
     rows = [
@@ -55,6 +55,7 @@ def machine_section(sources: Sequence[Source]) -> str:
             ),
             Cell(text=str(engine["graphs"]), path=f"{here}/graphs"),
             Cell(text=str(engine["graph_breaks"]), path=f"{here}/graph_breaks"),
+            Cell(text=str(engine["cached_graphs"]), path=f"{here}/cached_graphs"),
             Cell(text=NONE)
             if engine["memory_bytes"] is None
             else Cell(text=bytes_text(engine["memory_bytes"]), path=f"{here}/memory_bytes"),
@@ -65,7 +66,7 @@ def machine_section(sources: Sequence[Source]) -> str:
     ]
     headings = (
         "engine", *(["model"] if len(sources) > 1 else []), "largest difference", "accepted", "preparation", "export",
-        "open", "compile, warm-up", "graphs", "graph breaks", "memory",
+        "open", "compile, warm-up", "graphs", "graph breaks", "from the cache", "memory",
     )  # fmt: skip
     return section(
         "Machine, versions, and how this was measured",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ultramem.runtime.profile.units import share_text, time_text
+from ultramem.runtime.profile.units import bytes_text, number_text, scaled_text, share_text, time_text
 from ultramem.runtime.report.page import Cell, details, escape, section, table, text_cell
 from ultramem.runtime.report.source import NONE, Source, chosen, engine_name, stage_name
 
@@ -38,7 +38,7 @@ def _headline(source: Source) -> str:
     for _, times in chosen(source.profile["stages"], phase="decode", batch=batch):
         if times["nodes"]:
             node = max(times["nodes"], key=lambda node: node["p50_us"])
-            share = share_text(node["p50_us"] / times["wall_us"])
+            share = share_text(node["p50_us"] / times["sum_us"])
             parts.append(f"{_modules_text(node['modules'])} takes {share} on {engine_name(times['engine'])}")
     what = f"Longest node of a decode step of {source.name}: " if parts else f"Nodes of {source.name}: none are known"
     return what + ", ".join(parts)
@@ -51,7 +51,7 @@ def _node_table(source: Source, phase: str, batch: int) -> str:
         starts.append(len(rows))
         for index in order[:SHOWN]:
             node, here = times["nodes"][index], f"{source.pointer}/stages/{place}/nodes/{index}"
-            share = node["p50_us"] / times["wall_us"]
+            share = node["p50_us"] / times["sum_us"]
             rows.append(
                 [
                     text_cell(engine_name(times["engine"])),
@@ -75,21 +75,44 @@ def _node_table(source: Source, phase: str, batch: int) -> str:
 
 
 def _module_table(source: Source, phase: str, batch: int) -> str:
-    """Modules down, engines across: the sum of the nodes that compute for exactly these modules."""
-    engines = [times for _, times in chosen(source.profile["stages"], phase=phase, batch=batch) if times["nodes"]]
-    sums: dict[tuple[str, ...], dict[str, float]] = {}
-    for times in engines:
-        for node in times["nodes"]:
-            of_engine = sums.setdefault(tuple(node["modules"]), {})
-            of_engine[times["engine"]] = of_engine.get(times["engine"], 0.0) + node["time_us"]
+    """Modules down with their arithmetic, engines across with time and shares of the roofs."""
+    engines = [pair for pair in chosen(source.profile["stages"], phase=phase, batch=batch) if pair[1]["modules"]]
+    found: dict[tuple[str, ...], dict[int, tuple[str, dict[str, Any]]]] = {}
+    for stage_place, times in engines:
+        for index, row in enumerate(times["modules"]):
+            path = f"{source.pointer}/stages/{stage_place}/modules/{index}"
+            found.setdefault(tuple(row["modules"]), {})[stage_place] = (path, row)
     rows = []
-    for modules in sorted(sums, key=lambda modules: (len(modules) > 1, not modules)):
-        cells = [text_cell(" + ".join(modules) or _modules_text([]))]
-        for times in engines:
-            value = sums[modules].get(times["engine"])
-            cells.append(Cell(text=NONE) if value is None else Cell(text=time_text(value), value=value))
+    for modules in sorted(found, key=len):
+        path, row = next(
+            (pair for pair in found[modules].values() if pair[1]["flops"] is not None),
+            next(iter(found[modules].values())),
+        )
+        cells = [
+            text_cell(" + ".join(modules)),
+            _value_cell(row, "flops", path, scaled_text(row["flops"] or 0, "FLOP")),
+            _value_cell(row, "bytes", path, bytes_text(row["bytes"] or 0)),
+            _value_cell(row, "flops_per_byte", path, number_text(row["flops_per_byte"] or 0)),
+        ]
+        for stage_place, _ in engines:
+            if stage_place not in found[modules]:
+                cells += [Cell(text=NONE)] * 3
+                continue
+            path, row = found[modules][stage_place]
+            cells.append(Cell(text=time_text(row["time_us"]), path=f"{path}/time_us"))
+            cells += [
+                _value_cell(row, name, path, share_text(row[name] or 0))
+                for name in ("bandwidth_share", "compute_share")
+            ]
         rows.append(cells)
-    return table(("module", *(engine_name(times["engine"]) for times in engines)), rows)
+    headings = ["module", "FLOPs", "bytes", "FLOP per byte"]
+    for _, times in engines:
+        headings += [engine_name(times["engine"]), "of bandwidth", "of GEMM rate"]
+    return table(headings, rows)
+
+
+def _value_cell(row: dict[str, Any], name: str, path: str, text: str) -> Cell:
+    return Cell(text=NONE) if row[name] is None else Cell(text=text, path=f"{path}/{name}")
 
 
 def _modules_text(modules: list[str]) -> str:

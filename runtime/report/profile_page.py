@@ -16,6 +16,7 @@ from ultramem.runtime.report.request_section import request_section
 from ultramem.runtime.report.roofline_section import roofline_section
 from ultramem.runtime.report.source import Source, chosen, engine_name
 from ultramem.runtime.report.stage_section import stage_section
+from ultramem.runtime.report.sweep_section import sweep_section
 
 KIND = "ultramem-profiles"
 FORMAT_VERSION = 1
@@ -61,6 +62,7 @@ def render_profile(profile_json: dict[str, Any], *others: dict[str, Any]) -> str
         *([matrix_section(sources)] if rest else []),
         request_section(sources),
         latency_section(sources),
+        sweep_section(sources),
         stage_section(sources),
         *(roofline_section(each) for each in sources),
         *(node_section(each) for each in sources),

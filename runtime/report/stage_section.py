@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ultramem.runtime.profile.arithmetic import STAGES
+from ultramem.runtime.profile.sums import SUM_TOLERANCE, adds_up
 from ultramem.runtime.profile.units import share_text, time_text
 from ultramem.runtime.report.charts import Segment, stacked_bars
 from ultramem.runtime.report.page import Cell, details, escape, legend, section, table, text_cell
@@ -49,9 +50,10 @@ def stage_section(sources: Sequence[Source]) -> str:
     return section(
         _stage_headline(sources[0]),
         legend(entries),
-        f"<figure>{''.join(blocks)}<figcaption>Each bar is one instrumented forward; how much longer it takes than the "
-        "latency above stands in the table. How the stages are told apart:"
+        f"<figure>{''.join(blocks)}<figcaption>Each bar is an instrumented forward, without what the "
+        "instruments cost by a measurement of their own. How the stages are told apart:"
         f"</figcaption></figure><ul>{how}</ul>",
+        f"<h3>What the stages add up to, beside the same forward without instruments</h3>{_sum_table(sources)}",
         waterfalls,
         details("Time of every stage, and of what compilers fused", tables),
     )
@@ -84,7 +86,7 @@ def _waterfalls(source: Source, batch: int) -> str:
             look="outside",
             tooltip="the framework's own work, between kernels and operators",
         )
-        unit, scale = time_scale([times["wall_us"]])
+        unit, scale = time_scale([times["sum_us"]])
         chart = waterfall([*steps, outside], unit=unit, scale=scale, summary=f"{times['engine']}, a decode step")
         charts.append(f"<div><h4>{escape(engine_name(times['engine']))}</h4>{chart}</div>")
     title = f"Waterfall of a decode step of {source.name}, batch {batch}"
@@ -106,7 +108,7 @@ def _stage_headline(source: Source) -> str:
     if times is None:
         return "Time by stage: no engine's stages can be told apart"
     rows = sorted(times["rows"], key=lambda row: -row["time_us"])[:2]
-    parts = " and ".join(f"{stage_name(row['stages'])} {share_text(row['time_us'] / times['wall_us'])}" for row in rows)
+    parts = " and ".join(f"{stage_name(row['stages'])} {share_text(row['time_us'] / times['sum_us'])}" for row in rows)
     engine = engine_name(times["engine"])
     return f"Where the time goes: of a decode step of {source.name} on {engine} at batch {times['batch']}, {parts}"
 
@@ -119,7 +121,7 @@ def _stage_panel(sources: Sequence[Source], phase: str, batch: int) -> str:
                 continue
             label = engine_name(times["engine"])
             label = label if len(sources) == 1 else f"{label} · {source.name}"
-            rows.append((label, time_text(times["wall_us"]), _segments(times)))
+            rows.append((label, time_text(times["sum_us"]), _segments(times)))
     unit, scale = time_scale([sum(segment.value for segment in segments) for _, _, segments in rows])
     chart = stacked_bars(
         rows, unit=f"{unit} per forward, batch {batch}", scale=scale, summary=f"{phase}, batch {batch}"
@@ -128,10 +130,10 @@ def _stage_panel(sources: Sequence[Source], phase: str, batch: int) -> str:
 
 
 def _segments(times: dict[str, Any]) -> list[Segment]:
-    wall_us = times["wall_us"]
+    sum_us = times["sum_us"]
 
     def segment(label: str, value_us: float, look: str, *, is_dark: bool = False) -> Segment:
-        tooltip = f"{label}: {time_text(value_us)}, {share_text(value_us / wall_us)}"
+        tooltip = f"{label}: {time_text(value_us)}, {share_text(value_us / sum_us)}"
         return Segment(label=label, value=value_us, look=look, is_dark=is_dark, tooltip=tooltip)
 
     segments = []
@@ -171,7 +173,12 @@ def _stage_table(source: Source, phase: str, batch: int) -> str:
             place = places.get((index, key))
             cells.append(Cell(text=NONE) if place is None else Cell(text=time_text(place[1]), path=place[0]))
         rows.append(cells)
-    for name, label in (("unattributed_us", "outside every stage"), ("wall_us", "sum")):
+    for name, label in (
+        ("unattributed_us", "outside every stage"),
+        ("sum_us", "sum"),
+        ("plain_us", "without instruments"),
+        ("instrument_us", "instruments, taken off"),
+    ):
         rows.append(
             [
                 text_cell(label),
@@ -190,7 +197,7 @@ def _stage_table(source: Source, phase: str, batch: int) -> str:
             ),
         ]
     )
-    for name, label in (("wall_ratio", "sum against the p50 above"), ("max_abs_difference", "largest difference")):
+    for name, label in (("sum_ratio", "sum / without instruments"), ("max_abs_difference", "largest difference")):
         rows.append(
             [
                 text_cell(label),
@@ -202,7 +209,38 @@ def _stage_table(source: Source, phase: str, batch: int) -> str:
         )
     headings = ("stage", *(engine_name(times["engine"]) for _, times in found))
     title = f"{source.name}, {phase}, batch {batch}"
-    return f"<h3>{escape(title)}</h3>{table(headings, rows, total_rows=[len(rows) - 4])}"
+    return f"<h3>{escape(title)}</h3>{table(headings, rows, total_rows=[len(keys) + 1])}"
+
+
+def _sum_table(sources: Sequence[Source]) -> str:
+    """A row for each engine, phase and batch whose stages are told apart."""
+    rows = []
+    for source in sources:
+        for index, times in enumerate(source.profile["stages"]):
+            if not times["rows"]:
+                continue
+            here = f"{source.pointer}/stages/{index}"
+            ratios = times["turn_sum_ratios"]
+            rows.append(
+                [
+                    text_cell(engine_name(times["engine"])),
+                    *([text_cell(source.name)] if len(sources) > 1 else []),
+                    text_cell(times["phase"]),
+                    Cell(text=str(times["batch"]), path=f"{here}/batch"),
+                    *(
+                        Cell(text=time_text(times[name]), path=f"{here}/{name}")
+                        for name in ("instrumented_us", "instrument_us", "sum_us", "plain_us")
+                    ),
+                    Cell(text=f"{times['sum_ratio']:.2f}", path=f"{here}/sum_ratio"),
+                    Cell(text=f"{min(ratios):.2f} – {max(ratios):.2f}"),  # noqa: RUF001  # an en dash
+                    text_cell("" if adds_up(times) else f"by over {share_text(SUM_TOLERANCE)}"),
+                ]
+            )
+    headings = (
+        "engine", *(["model"] if len(sources) > 1 else []), "phase", "batch", "with instruments", "they cost", "sum",
+        "without instruments", "ratio", "of each turn", "differ",
+    )  # fmt: skip
+    return table(headings, rows) if rows else ""
 
 
 def _plain_text(name: str, value: float) -> str:

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
 
 def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
@@ -62,7 +62,7 @@ class Ranks:
             pipe.send((function, args))
         answers = []
         for pipe in self.pipes:
-            if not pipe.poll(2 * TIMEOUT_S):
+            if not pipe.poll(TIMEOUT_S + 60):
                 answers.append((False, "no answer"))
                 continue
             answers.append(pipe.recv())

@@ -19,6 +19,7 @@ from ultramem.export.signature import tensor_specs
         ({"static": (True, 4)}, "static must be"),
         ({"static": [1, 4]}, "static must be"),
         ({"decode": 1}, "decode must be True or False, got 1"),
+        ({"coarse_keys": "no"}, "coarse_keys must be True, False or None, got 'no'"),
         ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
         ({"decode": True, "static": (2, 4)}, r"static must have S = 1 \(one new token\) with decode, got \(2, 4\)"),
     ],
@@ -40,6 +41,13 @@ def test_stock_onnx_runtime_has_no_bfloat16_and_the_user_is_told(tmp_path):
     message = r"dtype must be one of fp32, fp16 for onnx, got 'bf16' \(stock ONNX Runtime has no bfloat16.*on a CPU\)"
     with pytest.raises(ValueError, match=message):
         export_model(build(DENSE), "onnx", tmp_path / "out", options=ExportOptions(dtype="bf16"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("engine", ["tensorrt", "huggingface"])
+def test_coarse_keys_are_for_engines_on_a_cpu(tmp_path, engine):
+    with pytest.raises(ValueError, match=f"coarse_keys must be None or False for {engine} on cpu, got True"):
+        export_model(build(CONFIG), engine, tmp_path / "out", options=ExportOptions(coarse_keys=True))
     assert list(tmp_path.iterdir()) == []
 
 

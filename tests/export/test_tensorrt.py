@@ -12,6 +12,7 @@ from exported import CONFIG, DENSE, build
 from benchmarks.tensorrt_stand_in import CALLS, stand_in
 from benchmarks.tensorrt_stand_in.rehearsal import rehearsal
 from ultramem.export import ExportOptions, export_model, load_artifact, tensorrt, tensorrt_plugins
+from ultramem.export.onnx import write_onnx
 from ultramem.export.program import example_inputs
 from ultramem.export.rounding import rounded
 from ultramem.export.signature import tensor_specs
@@ -144,7 +145,7 @@ def test_an_export_builds_runs_and_generates(trt, tmp_path, kernels):
 def test_what_tensorrt_is_asked_in_order(trt, tmp_path):
     options = ExportOptions(kernels="body", sizes="batch=1:2:4,seq=1:8:16,past=0:8:16")
     wanted = tensorrt.engine_profiles(DENSE, options)
-    tensorrt.write_onnx(build(DENSE), options, tmp_path)
+    write_onnx(build(DENSE), options, tmp_path)
     CALLS.clear()
     built = build_engine(trt, tmp_path / "model.onnx", wanted, timing_cache=b"earlier\n", workspace_bytes=2**20)
     assert [call.name for call in CALLS] == [
@@ -164,7 +165,7 @@ def test_what_tensorrt_is_asked_in_order(trt, tmp_path):
 
 def test_bodies_are_taken_also_where_the_plugins_are_registered(trt, tmp_path):
     options = ExportOptions()
-    tensorrt.write_onnx(build(CONFIG), options, tmp_path)
+    write_onnx(build(CONFIG), options, tmp_path)
     on_disk, wanted = (tmp_path / "model.onnx").read_bytes(), tensorrt.engine_profiles(CONFIG, options)
     counts = [
         tensorrt.engine_of(trt, tmp_path / "model.onnx", wanted, kernels=kernels).plugin_layers
@@ -179,7 +180,7 @@ def test_bodies_are_taken_also_where_the_plugins_are_registered(trt, tmp_path):
 def test_every_refusal_of_tensorrt_is_one_line(trt, tmp_path):
     options = ExportOptions(kernels="body")
     wanted = tensorrt.engine_profiles(DENSE, options)
-    tensorrt.write_onnx(build(DENSE), options, tmp_path)
+    write_onnx(build(DENSE), options, tmp_path)
     file = tmp_path / "model.onnx"
     with pytest.raises(ValueError, match="refuses the timing cache: it is of another GPU"):
         build_engine(trt, file, wanted, timing_cache=b"of another GPU")
@@ -226,7 +227,7 @@ def test_types_and_sizes_of_the_options_reach_the_engine(trt, tmp_path, fields):
 
 def test_bfloat16_reaches_the_file_that_the_engine_is_built_from(trt, tmp_path):
     options = ExportOptions(dtype="bf16")
-    tensorrt.write_onnx(rounded(build(CONFIG), options), options, tmp_path)
+    write_onnx(rounded(build(CONFIG), options), options, tmp_path)
     built = tensorrt.engine_of(
         trt, tmp_path / "model.onnx", tensorrt.engine_profiles(CONFIG, options), kernels="plugin"
     )

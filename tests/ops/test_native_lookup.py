@@ -101,7 +101,7 @@ def test_any_number_of_threads_gives_the_same_bits(run: Callable[[int], tuple[Te
 def test_opcheck(dtype: torch.dtype) -> None:
     ops = torch.ops.ultramem_native
     values, indices, scores, grad = (x.to(dtype) if x.is_floating_point() else x for x in make_inputs(2))
-    for args in ((values, indices, scores, BLOCKS), (values, indices, scores.float(), BLOCKS)):
+    for args in ((values, indices, scores, BLOCKS, ()), (values, indices, scores.float(), BLOCKS, ())):
         torch.library.opcheck(ops.lookup_reduce.default, args)
     torch.library.opcheck(ops.lookup_dot.default, (values, indices, grad[:, 0].contiguous()))
 

@@ -20,19 +20,31 @@ def stage_row(stages: list[str], time_us: float, *, is_whole: bool = True) -> di
     }  # fmt: skip
 
 
-def node_rows(engine: str, wall_us: float) -> list[dict[str, Any]]:
+def node_rows(engine: str, sum_us: float) -> list[dict[str, Any]]:
     kinds = {"eager": "aten::linear", "compile": "cpp_fused_add_0"}
     return [
         {
             "node": f"{index} {kinds[engine]}", "kind": kinds[engine] if index else "module",
             "modules": [f"blocks.{index}.attention", "model"][: 2 if engine == "compile" else 1],
             "fx_nodes": ["linear"], "stages": ["attention"], "calls": 1 if index else 0,
-            "time_us": 0.01 * wall_us * index,
-            "p50_us": 0.011 * wall_us, "p90_us": 0.02 * wall_us, "p99_us": 0.03 * wall_us,
-            "fastest_start_us": 0.1 * wall_us * index, "fastest_span_us": 0.01 * wall_us,
+            "time_us": 0.01 * sum_us * index,
+            "p50_us": 0.011 * sum_us, "p90_us": 0.02 * sum_us, "p99_us": 0.03 * sum_us,
+            "fastest_start_us": 0.1 * sum_us * index, "fastest_span_us": 0.01 * sum_us,
         }
         for index in range(NODES)
     ]  # fmt: skip
+
+
+def module_rows(engine: str, sum_us: float) -> list[dict[str, Any]]:
+    """One that is known and whole, one without arithmetic, and of the compiled engine one over two modules."""
+    rows = [stage_row(["attention"], 0.02 * sum_us), stage_row(["other"], 0.05 * sum_us)]
+    named = [["blocks.0.attention"], ["model"]]
+    if engine == "compile":
+        rows.append(stage_row(["attention", "other"], 0.03 * sum_us, is_whole=False))
+        named.append(["blocks.1.attention", "model"])
+    for name in ("flops", "bytes", "flops_per_byte", "bandwidth_share", "compute_share"):
+        rows[1][name] = None
+    return [{"modules": modules, **row} for modules, row in zip(named, rows, strict=True)]
 
 
 def make_document(name: str = "a<b>&c") -> dict[str, Any]:
@@ -80,8 +92,11 @@ def make_document(name: str = "a<b>&c") -> dict[str, Any]:
                 stages.append(
                     {
                         "engine": engine, "batch": batch, "phase": phase, "method": "timers", "note": "", "runs": 20,
-                        "wall_us": 1.2 * p50_us, "wall_ratio": 1.2, "fastest_us": 1.1 * p50_us,
+                        "plain_us": 0.98 * p50_us, "instrumented_us": 1.5 * p50_us, "instrument_us": 0.3 * p50_us,
+                        "sum_us": 1.2 * p50_us, "sum_ratio": 1.2 / 0.98, "turn_sum_ratios": [1.15, 1.03, 1.31],
+                        "fastest_us": 1.1 * p50_us,
                         "max_abs_difference": 3.8e-6 * place, "launches": 30, "rows": rows,
+                        "modules": module_rows(engine, 1.2 * p50_us),
                         "nodes": node_rows(engine, 1.2 * p50_us), "unattributed_us": 1.2 * p50_us - explained_us,
                         "coverage": explained_us / (1.2 * p50_us),
                     }
@@ -100,7 +115,7 @@ def make_document(name: str = "a<b>&c") -> dict[str, Any]:
                 )  # fmt: skip
     return {
         "kind": "ultramem-profile",
-        "format_version": 2,
+        "format_version": 3,
         "created": "2026-01-02T03:04:05+00:00",
         "model": {
             "name": name, "parameters": 3_971_904, "flops_per_token": 4_300_000, "weight_bytes": 15_887_616,
@@ -119,8 +134,9 @@ def make_document(name: str = "a<b>&c") -> dict[str, Any]:
         "engines": [
             {
                 "name": engine, "prepare_seconds": 61.74, "export_seconds": 0.0, "open_seconds": 0.14,
-                "warm_up_seconds": 61.6, "graphs": 4, "graph_breaks": 0, "memory_bytes": 123_456_789,
-                "memory_method": "VmHWM", "max_abs_difference": difference, "tolerance": 1.3e-5,
+                "warm_up_seconds": 61.6, "graphs": 4, "graph_breaks": 0, "cached_graphs": 2,
+                "memory_bytes": 123_456_789, "memory_method": "VmHWM", "max_abs_difference": difference,
+                "tolerance": 1.3e-5,
             }
             for engine, difference in (("eager", 0.0), ("compile", 3.8e-06))
         ],

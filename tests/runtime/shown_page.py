@@ -11,7 +11,7 @@ UNITS = {
     "µs": 1.0, "ms": 1e3, "s": 1e6, "%": 1e-2, "B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12,
     "FLOP": 1.0, "kFLOP": 1e3, "MFLOP": 1e6, "GFLOP": 1e9, "TFLOP": 1e12, "k": 1e3, "M": 1e6, "G": 1e9, "": 1.0,
 }  # fmt: skip
-VOID = {"meta", "br", "line", "polyline"}
+VOID = {"meta", "br", "line", "polyline", "polygon"}
 
 
 class Page(html.parser.HTMLParser):

@@ -125,6 +125,16 @@ def test_no_recompile_over_lengths_after_the_warm_up(compiled):
             _, cache = compiled.decode(torch.ones(batch, 1, dtype=torch.int64), cache)
 
 
+def test_slices_of_one_sequence_compile_nothing_anew(compiled):
+    """They are contiguous to PyTorch, with the strides of what they were cut from."""
+    tokens = torch.ones(1, 9, dtype=torch.int64)
+    prompt, token = tokens[:, :-1], tokens[:, -1:]
+    assert (prompt.stride(), token.stride()) == ((9, 1), (9, 1))
+    _, cache = compiled.prefill(prompt)
+    _, cache = compiled.decode(token, cache)
+    compiled.decode(token, cache)
+
+
 def test_engines_of_one_process_do_not_use_up_each_others_graphs(model):
     """The compiler limits graphs per code object."""
     engines = [CompiledEngine(model) for _ in range(3)]

@@ -253,7 +253,7 @@ def test_stop_texts_end_a_continuation(model):
 
 
 def test_two_hundred_generations_leave_nothing_behind(model):
-    """Live tensors are counted; resident memory may grow by what an allocator keeps."""
+    """Live tensors and other objects are counted; resident memory may grow by what an allocator keeps."""
     generator = Generator(EagerEngine(model), max_batch=3)
 
     def some(times):
@@ -263,10 +263,12 @@ def test_two_hundred_generations_leave_nothing_behind(model):
                 if index % 5 == 0 and event.request_id == stream_ids[1]:
                     generator.cancel(event.request_id)
         gc.collect()
-        tensors = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
-        return tensors, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        objects = gc.get_objects()
+        tensors = sum(issubclass(type(each), torch.Tensor) for each in objects)
+        return tensors, len(objects), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    tensors, resident_bytes = some(20)
-    tensors_after, resident_bytes_after = some(200)
+    tensors, objects, resident_bytes = some(20)
+    tensors_after, objects_after, resident_bytes_after = some(200)
     assert tensors_after == tensors
+    assert objects_after - objects < 100  # an object a request would be 1000
     assert resident_bytes_after - resident_bytes < 8e6

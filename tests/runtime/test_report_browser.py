@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -24,11 +25,17 @@ LOOK = """<!doctype html><iframe id="report" src="report.html" style="width:{wid
 addEventListener("load", () => {{
   const page = document.getElementById("report").contentDocument;
   const shown = [...page.querySelectorAll("[data-path]")].map(each => [each.dataset.path, each.textContent]);
+  // Dots of log plots: how far up their canvas they stand, and how far a pixel is.
+  const points = [...page.querySelectorAll("[data-point]")].map(dot => {{
+    const canvas = dot.parentElement, box = canvas.getBoundingClientRect(), own = dot.getBoundingClientRect();
+    const up = (box.bottom - (own.top + own.bottom) / 2) / box.height;
+    return [dot.dataset.point, +canvas.dataset.low, +canvas.dataset.high, up, 1 / box.height];
+  }});
   const wide = [...page.querySelectorAll("section, header, .plot, .tiles")]
     .filter(each => each.scrollWidth > each.clientWidth + 1).map(each => each.className || each.tagName);
   const found = document.createElement("pre");
   found.id = "found";
-  found.textContent = JSON.stringify({{width: page.documentElement.scrollWidth, wide, shown}});
+  found.textContent = JSON.stringify({{width: page.documentElement.scrollWidth, wide, shown, points}});
   document.body.append(found);
 }});
 </script>"""
@@ -63,3 +70,7 @@ def test_the_report_fits_and_its_numbers_are_the_jsons(width: int, tmp_path: Pat
         value = at({"profiles": documents}, pointer)
         is_none = text == "–" and value == 0  # noqa: RUF001  # an en dash
         assert is_none or agrees(text, value, seconds=pointer.endswith("seconds")), (pointer, text, value)
+    assert len(seen["points"]) == 2 * 2 * 2 * 4  # models, engines, batches and plots
+    for pointer, low, high, up, pixel in seen["points"]:
+        value = at({"profiles": documents}, pointer)
+        assert up == pytest.approx(math.log(value / low) / math.log(high / low), abs=1.5 * pixel), (pointer, value)

@@ -46,6 +46,9 @@ class TrainConfig:
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     seed: int = 0
     compile: bool = True
+    activation_checkpointing: bool = False
+    """Whether attention and MLPs run again in the backward, in place of keeping what they made: less memory, more
+    time. Memory layers keep theirs, whose rows would have to be fetched again."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype; "auto" is bfloat16 on a CUDA device that has it, else float32."""
     eval_every: int = 250

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # the name that everybody uses
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ultramem.config import ModelConfig
 from ultramem.graph.init import init_linear, init_table
@@ -133,6 +134,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The decoder of `ModelConfig`.
 
+    Attributes:
+        recomputes: in training, what attention and MLPs made on the way is not kept but made again in the backward.
+
     With a `shard`, this process holds a part of its value tables; with `experts`, some of the experts of a mixture.
     """
 
@@ -151,6 +155,7 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, bias=False)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
+        self.recomputes = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -244,7 +249,7 @@ class Transformer(nn.Module):
         insertions = self.config.parsed_insertions
         for number, block in enumerate(self.blocks, start=1):
             assert isinstance(block, Block)
-            attended, key, value = block.attention(block.attention_norm(hidden_BSD), rotary, mask, cache)
+            attended, key, value = self._run(block.attention, block.attention_norm(hidden_BSD), rotary, mask, cache)
             keys.append(key)
             values.append(value)
             hidden_BSD = hidden_BSD + self.dropout(attended)
@@ -261,7 +266,7 @@ class Transformer(nn.Module):
                     if has_conv:
                         convs.append(memory.next_conv(memory_input, past_conv))
             if block.mlp is not None:
-                output = block.mlp(mlp_input_BSD)
+                output = self._run(block.mlp, mlp_input_BSD)
                 if isinstance(output, MoEOutput):
                     aux_losses.append(output.balance_loss)
                     output = output.hidden_BSD
@@ -269,6 +274,11 @@ class Transformer(nn.Module):
             for recall in waiting.pop(number, ()):
                 hidden_BSD = hidden_BSD + self.dropout(recall())
         return hidden_BSD, (tuple(keys), tuple(values), tuple(convs)), aux_losses
+
+    def _run(self, module: nn.Module, *args: Any) -> Any:
+        if self.recomputes and self.training:
+            return checkpoint(module, *args, use_reentrant=False)
+        return module(*args)
 
     def _remember(
         self, memory: UltraMemLayer, hidden_BSD: Tensor, past_conv_BDW: Tensor | None

@@ -14,7 +14,7 @@ from ultramem.ops import _checks as checks
 from ultramem.ops._registration import accumulation_dtype, opaque_op, traceable_op
 from ultramem.ops._sparse_gradient import rows_gradient
 from ultramem.ops.implementation import runs_native, runs_triton
-from ultramem.ops.permute_addresses import _permute_addresses, require_seed
+from ultramem.ops.permute_addresses import _permute_addresses, native_permutation, require_seed
 
 
 def lookup_reduce_reference(
@@ -43,10 +43,12 @@ def _lookup_reduce(
 
         return kernels.lookup_reduce(values_ND, indices_TK, scores_TKC, num_blocks, permutation_seed)
     n, d = values_ND.shape
-    indices_TK = _permuted(indices_TK, n * num_blocks, permutation_seed)
     if runs_native(values_ND):
-        pooled_TED: Tensor = torch.ops.ultramem_native.lookup_reduce(values_ND, indices_TK, scores_TKC, num_blocks)
+        pooled_TED: Tensor = torch.ops.ultramem_native.lookup_reduce(
+            values_ND, indices_TK, scores_TKC, num_blocks, _native_numbers(n * num_blocks, permutation_seed)
+        )
         return pooled_TED
+    indices_TK = _permuted(indices_TK, n * num_blocks, permutation_seed)
     t, _, c = scores_TKC.shape
     bags = _bags(n, indices_TK, scores_TKC.to(values_ND.dtype), num_blocks)
     pooled = torch.nn.functional.embedding_bag(
@@ -57,6 +59,11 @@ def _lookup_reduce(
 
 def _permuted(indices_TK: Tensor, size: int, seed: int | None) -> Tensor:
     return indices_TK if seed is None else _permute_addresses(indices_TK, size, seed, False)
+
+
+def _native_numbers(size: int, seed: int | None) -> tuple[int, ...]:
+    """The permutation as the C++ lookups take it."""
+    return () if seed is None else native_permutation(size, seed)
 
 
 class _Bags(NamedTuple):

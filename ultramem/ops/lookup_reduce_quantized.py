@@ -15,7 +15,7 @@ from ultramem.ops import _checks as checks
 from ultramem.ops._registration import traceable_op
 from ultramem.ops.huge_pages import LARGE_BYTES, advise_huge_pages
 from ultramem.ops.implementation import runs_native, runs_triton
-from ultramem.ops.lookup_reduce import _permuted, lookup_reduce_reference
+from ultramem.ops.lookup_reduce import _native_numbers, _permuted, lookup_reduce_reference
 from ultramem.ops.permute_addresses import require_seed
 
 FLOAT8 = torch.float8_e4m3fn
@@ -114,13 +114,13 @@ def _lookup_reduce_quantized(
         from ultramem.ops.triton import lookup_reduce_quantized as kernels
 
         return kernels.lookup_reduce_quantized(rows_NB, scales_N, indices_TK, scores_TKC, num_blocks, permutation_seed)
-    indices_TK = _permuted(indices_TK, rows_NB.shape[0] * num_blocks, permutation_seed)
+    n = rows_NB.shape[0]
     if runs_native(rows_NB) and rows_NB.dtype != FLOAT8:
         native_TED: Tensor = torch.ops.ultramem_native.lookup_reduce_quantized(
-            rows_NB, scales_N, indices_TK, scores_TKC, num_blocks
+            rows_NB, scales_N, indices_TK, scores_TKC, num_blocks, _native_numbers(n * num_blocks, permutation_seed)
         )
         return native_TED
-    n = rows_NB.shape[0]
+    indices_TK = _permuted(indices_TK, n * num_blocks, permutation_seed)
     t, k, c = scores_TKC.shape
     row_TK = indices_TK % n
     # float8 has no gather of its own everywhere: the bytes are moved.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ultramem.ops import _checks as checks
 from ultramem.ops._registration import traceable_op
-from ultramem.ops.implementation import runs_triton
+from ultramem.ops.implementation import runs_native, runs_triton
 
 PASSES = 2
 ROUNDS = 4
@@ -35,8 +35,13 @@ class Schedule(NamedTuple):
     keys: tuple[tuple[int, int, int, int], ...]
 
 
-@lru_cache(maxsize=256)
 def schedule(size: int, seed: int) -> Schedule:
+    """Constants of a permutation; a size that a compiler holds open becomes a constant itself."""
+    return _schedule(int(size), seed)
+
+
+@lru_cache(maxsize=256)
+def _schedule(size: int, seed: int) -> Schedule:
     # A hash of the standard library, so that no version of anything changes what a trained table means.
     drawn = []
     for index in range(PASSES * ROUNDS):
@@ -46,6 +51,17 @@ def schedule(size: int, seed: int) -> Schedule:
     keys = tuple((m1 // 2 + 2**30 | 1, c1, m2 // 2 + 2**30 | 1, c2) for m1, c1, m2, c2 in drawn)
     a = math.isqrt(size)
     return Schedule(a=a, b=size // a, rotations=(0, size // 2), keys=keys)
+
+
+def native_permutation(size: int, seed: int) -> tuple[int, ...]:
+    """The same, flat, as the C++ ops take it: size, a, b, then the keys."""
+    return _native_permutation(int(size), seed)
+
+
+@lru_cache(maxsize=256)
+def _native_permutation(size: int, seed: int) -> tuple[int, ...]:
+    plan = _schedule(size, seed)
+    return (size, plan.a, plan.b, *(word for key in plan.keys for word in key))
 
 
 def _hash(half: Tensor, side: int, key: tuple[int, int, int, int]) -> Tensor:
@@ -103,6 +119,11 @@ def _permute_addresses(addresses: Tensor, size: int, seed: int, inverse: bool) -
         from ultramem.ops.triton import permute_addresses as kernels
 
         return kernels.permute_addresses(addresses, size, seed, inverse)
+    if runs_native(addresses):
+        permuted: Tensor = torch.ops.ultramem_native.permute_addresses(
+            addresses, native_permutation(size, seed), inverse
+        )
+        return permuted
     return permute_addresses_reference(addresses, size, seed, inverse=inverse)
 
 

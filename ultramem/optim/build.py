@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ultramem.graph import param_groups
 from ultramem.graph.value_table import ValueTable
@@ -54,6 +55,7 @@ def build_optimizers(
     for table in found:
         table.sparse_grad = tables != "adamw"
         table.lazy_rows = table.lazy_experts = None
+    groups = [part for group in groups for part in _without_mixture(group)]
     dense = [group for group in groups if tables == "adamw" or group["name"] != "values"]
     sparse = [group for group in groups if tables != "adamw" and group["name"] == "values"]
     optimizers: list[torch.optim.Optimizer] = []
@@ -72,3 +74,9 @@ def build_optimizers(
                     optimizer.attach(table.experts_NP, partial(setattr, table, "lazy_experts"))
         optimizers.append(optimizer)
     return optimizers
+
+
+def _without_mixture(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The group, or two of its name: a fused update takes DTensors or plain tensors, and not both at once."""
+    parts = [[each for each in group["params"] if isinstance(each, DTensor) == cut] for cut in (False, True)]
+    return [{**group, "params": params} for params in parts if params]

@@ -15,6 +15,7 @@ def register() -> None:
         "lookup_reduce": _lookup_reduce,
         "lookup_reduce_quantized": _lookup_reduce_quantized,
         "lookup_dot": _lookup_dot,
+        "permute_addresses": _permute_addresses,
         "tucker_topk": _tucker_topk,
         "product_topk": _product_topk,
     }
@@ -22,12 +23,19 @@ def register() -> None:
         torch.library.register_fake(f"ultramem_native::{name}", fake)
 
 
-def _lookup_reduce(values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int) -> Tensor:
+def _lookup_reduce(
+    values_ND: Tensor, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int, permutation: list[int]
+) -> Tensor:
     return values_ND.new_empty(indices_TK.shape[0], num_blocks, values_ND.shape[1])
 
 
 def _lookup_reduce_quantized(
-    rows_NB: Tensor, scales_N: Tensor, indices_TK: Tensor, scores_TKC: Tensor, num_blocks: int
+    rows_NB: Tensor,
+    scales_N: Tensor,
+    indices_TK: Tensor,
+    scores_TKC: Tensor,
+    num_blocks: int,
+    permutation: list[int],
 ) -> Tensor:
     columns = rows_NB.shape[1] * (2 if rows_NB.dtype == torch.uint8 else 1)
     return scores_TKC.new_empty(indices_TK.shape[0], num_blocks, columns)
@@ -35,6 +43,10 @@ def _lookup_reduce_quantized(
 
 def _lookup_dot(rows_ND: Tensor, indices_TK: Tensor, query_TD: Tensor) -> Tensor:
     return rows_ND.new_empty(indices_TK.shape)
+
+
+def _permute_addresses(addresses: Tensor, permutation: list[int], inverse: bool) -> Tensor:
+    return torch.empty_like(addresses)
 
 
 def _tucker_topk(

@@ -4,6 +4,7 @@
 #include "lookup_backward.h"
 #include "lookup_dot.h"
 #include "lookup_reduce.h"
+#include "permute_ops.h"
 #include "torch_ops.h"
 
 namespace {
@@ -27,33 +28,37 @@ LookupSizes lookup_sizes(const Tensor& values, const Tensor& indices, std::int64
   return {values.size(0), values.size(1), indices.size(0), indices.size(1), cores, blocks};
 }
 
-Tensor lookup_reduce_op(const Tensor& values, const Tensor& indices, const Tensor& scores, std::int64_t num_blocks) {
+// `permutation`: of the addresses that `indices` then are (see permute_ops.h); empty: they are virtual indices.
+Tensor lookup_reduce_op(const Tensor& values, const Tensor& indices, const Tensor& scores, std::int64_t num_blocks,
+                        std::vector<std::int64_t> permutation) {
   const LookupSizes size = lookup_sizes(values, indices, scores.size(2), num_blocks);
   Tensor out = torch::stable::new_empty(values, {size.t, size.e, size.d});
+  const PermutedIndices permuted(read_indices(indices), permutation);
   for_elements(values, scores, [&](auto value, auto score) {
     using Value = decltype(value);
     using Score = decltype(score);
-    lookup_reduce(size, FloatRows<Value>{read<Value>(values), size.d}, read_indices(indices), read<Score>(scores),
+    lookup_reduce(size, FloatRows<Value>{read<Value>(values), size.d}, permuted.indices(), read<Score>(scores),
                   write<Value>(out), TorchThreads{});
   });
   return out;
 }
 
 Tensor lookup_reduce_quantized_op(const Tensor& rows, const Tensor& scales, const Tensor& indices, const Tensor& scores,
-                                  std::int64_t num_blocks) {
+                                  std::int64_t num_blocks, std::vector<std::int64_t> permutation) {
   const bool packed = rows.scalar_type() == ScalarType::Byte;
   STD_TORCH_CHECK(packed || rows.scalar_type() == ScalarType::Char, "rows are int8, or int4 packed in uint8");
   STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float, "scales are float32");
   LookupSizes size = lookup_sizes(rows, indices, scores.size(2), num_blocks);
   if (packed) size.d *= 2;
   Tensor out = torch::stable::new_empty(scores, {size.t, size.e, size.d});
+  const PermutedIndices permuted(read_indices(indices), permutation);
   for_element(scores.scalar_type(), [&](auto score) {
     using Score = decltype(score);
     if constexpr (std::is_same_v<Score, double>) {
       STD_TORCH_CHECK(false, "quantised rows take scores of float32, bfloat16 and float16");
     } else {
       const auto pool = [&](const auto& table) {
-        lookup_reduce(size, table, read_indices(indices), read<Score>(scores), write<Score>(out), TorchThreads{});
+        lookup_reduce(size, table, permuted.indices(), read<Score>(scores), write<Score>(out), TorchThreads{});
       };
       if (packed) {
         pool(Int4Rows{{read<std::uint8_t>(rows), read<float>(scales), rows.size(1)}});
@@ -141,9 +146,10 @@ std::tuple<Tensor, Tensor, Tensor> lookup_reduce_backward_rows_op(const Tensor& 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ultramem_native, m) {
-  m.def("lookup_reduce(Tensor values, Tensor indices, Tensor scores, int num_blocks) -> Tensor");
+  m.def("lookup_reduce(Tensor values, Tensor indices, Tensor scores, int num_blocks, int[] permutation) -> Tensor");
   m.def(
-      "lookup_reduce_quantized(Tensor rows, Tensor scales, Tensor indices, Tensor scores, int num_blocks) -> Tensor");
+      "lookup_reduce_quantized(Tensor rows, Tensor scales, Tensor indices, Tensor scores, int num_blocks, "
+      "int[] permutation) -> Tensor");
   m.def("lookup_dot(Tensor rows, Tensor indices, Tensor queries) -> Tensor");
   m.def(
       "lookup_reduce_backward(Tensor grad, Tensor values, Tensor indices, Tensor scores, bool need_values, "

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "lookup.h"
+#include "permute_addresses.h"
 #include "rows.h"
 
 namespace ultramem {
@@ -15,7 +16,7 @@ class TokenSlots {
   using Element = typename Rows::Element;
 
  public:
-  TokenSlots(const LookupSizes& size, const Rows& table, const std::int64_t* indices, const Score* scores)
+  TokenSlots(const LookupSizes& size, const Rows& table, const SlotIndices& indices, const Score* scores)
       : size_(size), table_(table), indices_(indices), scores_(scores), places_(new Place[at_least_one(size.k)]),
         slots_(new Slot[at_least_one(size.k)]), ends_(new std::int64_t[at_least_one(size.e)]),
         rows_(new const Element*[at_least_one(size.k)]), weights_(new Acc[at_least_one(size.k * size.c)]) {}
@@ -64,7 +65,7 @@ class TokenSlots {
 
   const LookupSizes& size_;
   const Rows& table_;
-  const std::int64_t* indices_;
+  const SlotIndices& indices_;
   const Score* scores_;
   std::int64_t first_slot_ = 0;
   std::unique_ptr<Place[]> places_;
@@ -146,7 +147,7 @@ void pool_part(const LookupSizes& size, const TokenSlots<Rows, Score>& token, co
 }
 
 template <class Rows, class Score, class Out>
-void pool_tokens(const LookupSizes& size, const Rows& table, const std::int64_t* indices, const Score* scores, Out* out,
+void pool_tokens(const LookupSizes& size, const Rows& table, const SlotIndices& indices, const Score* scores, Out* out,
                  Range tokens, Range columns) {
   using Element = typename Rows::Element;
   const std::vector<Part> parts = parts_of<Rows>(size, columns);
@@ -168,8 +169,8 @@ void pool_tokens(const LookupSizes& size, const Rows& table, const std::int64_t*
 }
 
 template <class Rows, class Score, class Out, class Parallel>
-void lookup_reduce(const LookupSizes& size, const Rows& table, const std::int64_t* indices, const Score* scores,
-                   Out* out, const Parallel& parallel) {
+void lookup_reduce(const LookupSizes& size, const Rows& table, const SlotIndices& indices, const Score* scores, Out* out,
+                   const Parallel& parallel) {
   const TokenGrid grid(size.t, size.d, Rows::kLineColumns, parallel.threads());
   grid.run(parallel, size.k * bytes_of<Rows>(size.d), [&](Range tokens, Range columns) {
     pool_tokens(size, table, indices, scores, out, tokens, columns);

@@ -9,10 +9,15 @@
 #include "lookups.h"
 #include "permutes.h"
 #include "selects.h"
+#include "stamps.h"
 
 // What SessionOptions.register_custom_ops_library of every language calls.
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
                                                                                const OrtApiBase* base);
+
+// From now on stamps go to `to`, three numbers each, `capacity` of them at most; null: nowhere. Returns how many came
+// since the call before.
+extern "C" __attribute__((visibility("default"))) std::size_t UltramemStampsTo(std::int64_t* to, std::size_t capacity);
 
 namespace ultramem::ort {
 namespace {
@@ -97,6 +102,7 @@ struct Registration {
     ops.add<PermuteAddresses>(domain);
     ops.add<ProductTopK<float>, ProductTopK<double>, ProductTopK<float16>, ProductTopK<bfloat16>>(domain);
     ops.add<TuckerTopK<float>, TuckerTopK<double>, TuckerTopK<float16>, TuckerTopK<bfloat16>>(domain);
+    ops.add_op<StampOp>(domain);
   }
 
   Ops ops;
@@ -126,4 +132,11 @@ OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base)
     const auto [found, made] = registrations.try_emplace({threads, gpu}, threads, gpu);
     check(api->AddCustomOpDomain(options, found->second.domain));
   });
+}
+
+std::size_t UltramemStampsTo(std::int64_t* to, std::size_t capacity) {
+  auto& record = ultramem::ort::stamp_record;
+  const std::size_t count = record.count;
+  record = {to, capacity, 0};
+  return count;
 }

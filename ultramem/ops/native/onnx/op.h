@@ -56,17 +56,17 @@ class Ops {
 
   template <class... Kernels>
   void add(OrtCustomOpDomain* domain) {
-    (add_one<Kernels>(domain), ...);
+    (add_op<Op<Kernels>>(domain), ...);
   }
 
- private:
-  template <class Kernel>
-  void add_one(OrtCustomOpDomain* domain) {
-    auto op = std::make_shared<Op<Kernel>>(threads_);
+  template <class OpOfKernel>
+  void add_op(OrtCustomOpDomain* domain) {
+    auto op = std::make_shared<OpOfKernel>(threads_);
     check(api->CustomOpDomain_Add(domain, op.get()));
     ops_.push_back(std::move(op));
   }
 
+ private:
   int threads_;
   std::vector<std::shared_ptr<void>> ops_;
 };

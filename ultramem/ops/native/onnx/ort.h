@@ -168,6 +168,18 @@ class Context {
     return input;
   }
 
+  Type input_type(std::size_t index) const {
+    const OrtValue* value = nullptr;
+    check(api->KernelContext_GetInput(context_, index, &value));
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    check(api->GetTensorTypeAndShape(value, &info));
+    Type type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    OrtStatus* status = api->GetTensorElementType(info, &type);
+    api->ReleaseTensorTypeAndShapeInfo(info);
+    check(status);
+    return type;
+  }
+
   template <class Element>
   Element* output(std::size_t index, const Shape& shape) const {
     OrtValue* value = nullptr;

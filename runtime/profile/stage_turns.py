@@ -1,0 +1,49 @@
+"""Instrumented forwards beside plain ones, so that the instruments' sums can be held to the plain wall time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ultramem.runtime.profile.measure import Cell, time_us
+from ultramem.runtime.profile.schema import StageTimes
+from ultramem.runtime.profile.stages import Run, Turn, not_separable, summarize
+
+TURNS = 5
+_SETTLING = 3
+"""Calls before the plain ones that are timed: threads of the instrumented forwards before may still spin."""
+
+
+class NotSeparableError(Exception):
+    """An engine's forward cannot be divided; the message says why."""
+
+
+def stages_in_turns(
+    cell: Cell,
+    method: str,
+    instrumented: Callable[[int], Sequence[Run]],
+    *,
+    repeats: int,
+    device: torch.device,
+) -> StageTimes:
+    """Plain forwards of the cell and instrumented ones take turns.
+
+    Args:
+        cell: what is timed plainly.
+        method: how the stages are told apart.
+        instrumented: as many instrumented forwards as it is told; raises `NotSeparableError` where it cannot.
+        repeats: of each kind, over all turns.
+        device: where the work ends.
+    """
+    each = max(2, -(-repeats // TURNS))
+    turns = []
+    for _ in range(TURNS):
+        for _ in range(_SETTLING):
+            cell.call()
+        plain_us = [time_us(cell.call, device) for _ in range(each)]
+        try:
+            turns.append(Turn(plain_us, instrumented(each)))
+        except NotSeparableError as error:
+            return not_separable(cell, str(error))
+    return summarize(cell, method, turns)
