@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", default="1/1", help="run this part of the tests: 2/3 is the second of three")
+    parser.addoption("--repeat", type=int, default=1, help="run every test so many times in a row")
     parser.addoption("--parity-file", help="append each export's parity there, and skip those that it has")
 
 
@@ -30,6 +31,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.gpu)
         elif item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    times = metafunc.config.getoption("--repeat")
+    if times > 1:
+        metafunc.fixturenames.append("_repetition")
+        metafunc.parametrize("_repetition", range(times))
+
+
+@pytest.fixture
+def _repetition() -> None:
+    """Parametrized by `--repeat`."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """Checkpoints of several ranks: whole or absent, and read by any number of ranks, under any placement."""
 
+import resource
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +16,11 @@ from ultramem import MemoryConfig, ModelConfig, ParallelConfig, TrainConfig
 from ultramem.graph import build_model
 from ultramem.graph import weights as whole_weights
 from ultramem.graph.sharded_weights import write_parts
+from ultramem.graph.value_table import ValueTable
 from ultramem.runtime import train_step
 from ultramem.runtime.data import load_corpus
 from ultramem.runtime.distributed import ALONE, Ranks, ShardedLoss
+from ultramem.runtime.optimizers import make_optimizers
 from ultramem.runtime.run import RunFolder
 from ultramem.runtime.train import train
 from ultramem.runtime.weights import load_weights, save_weights
@@ -252,3 +256,67 @@ def test_a_part_that_cannot_be_written_is_everybodys_error(ranks, tmp_path):
     errors = ranks(2).run(error_of_a_failed_save, str(tmp_path))
     assert errors == ["the checkpoint of step 5 could not be written: rank 1: No space left on device"] * 2
     assert not list(tmp_path.glob("*.json"))
+
+
+LARGE = replace(MODEL, memory=replace(MODEL.memory, knum=1024, value_dim=64))
+TABLE_BYTES = 1024**2 * 64 * 4
+ALLOWANCE_BYTES = TABLE_BYTES * 7 // 8
+
+
+@contextmanager
+def allowance(size):
+    """The process may take `size` bytes more than it has."""
+    had = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (had * 1024 + size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+def table_of(model):
+    return next(module for module in model.modules() if isinstance(module, ValueTable)).values_NV
+
+
+def large_model(parallel):
+    ranks = make_ranks(parallel)
+    torch.manual_seed(0)
+    return build_model(LARGE, shard=ranks.table_shard()), ranks
+
+
+def all_that_is_done_with_a_table(folder):
+    from ultramem.runtime.distributed.checkpoint import CheckpointWriter, load_newest, whole_state
+
+    with allowance(ALLOWANCE_BYTES):
+        with pytest.raises((RuntimeError, MemoryError)):
+            build_model(LARGE)
+        model, ranks = large_model(ROWS)
+        writer = CheckpointWriter(Path(folder), "fingerprint", keep=1, ranks=ranks)
+        optimizers = make_optimizers(model, replace(TRAIN, table_optimizer="row_adagrad"))
+        expected = float(table_of(model).double().sum())
+        writer.save(1, whole_state(model, optimizers, {}))
+        writer.wait()
+        save_weights(model, Path(folder), ranks)
+        for load in (
+            lambda: load_newest(Path(folder), "fingerprint", model, optimizers, {}),
+            lambda: load_weights(model, Path(folder) / "model.safetensors"),
+        ):
+            table_of(model).data.zero_()
+            load()
+            assert float(table_of(model).double().sum()) == expected
+        del model, optimizers, load
+        columns, ranks = large_model(COLUMNS)
+        drawn = table_of(columns).double().sum(dim=0)
+        for load in (
+            lambda: load_newest(Path(folder), "fingerprint", columns, [], {}),
+            lambda: load_weights(columns, Path(folder) / "model.safetensors"),
+        ):
+            table_of(columns).data.zero_()
+            load()
+            torch.testing.assert_close(table_of(columns).double().sum(dim=0), drawn, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the size of a process under /proc")
+def test_no_rank_ever_holds_the_whole_table(ranks, tmp_path):
+    ranks(4).run(all_that_is_done_with_a_table, str(tmp_path))

@@ -32,11 +32,6 @@ def whole_losses(recipe, tmp_path_factory):
     return losses_of(folder / "run")
 
 
-FIRST_OF_TEN = pytest.mark.parametrize(
-    "attempt", [0, *(pytest.param(attempt, marks=pytest.mark.slow) for attempt in range(1, 10))]
-)
-
-
 def run_to_its_end(folder, flags, ranks=2):
     job = Job(folder, [flags] * ranks)
     codes = job.wait()
@@ -107,9 +102,8 @@ def stall_in_second_save(rank):
     FileSystemWriter.write_data = write_data
 
 
-@FIRST_OF_TEN
 @pytest.mark.parametrize("lost", [0, 1])
-def test_after_a_kill_the_job_ends_and_resumes(recipe, whole_losses, tmp_path, lost, attempt):
+def test_after_a_kill_the_job_ends_and_resumes(recipe, whole_losses, tmp_path, lost):
     flags = [*recipe, "--out", str(tmp_path / "run")]
     job = Job(tmp_path, [flags] * 2, kill_rank_0 if lost == 0 else kill_rank_1)
     codes = job.wait()
@@ -125,8 +119,7 @@ def test_after_a_kill_the_job_ends_and_resumes(recipe, whole_losses, tmp_path, l
     assert losses_of(tmp_path / "run") == whole_losses
 
 
-@FIRST_OF_TEN
-def test_a_kill_in_mid_save_costs_the_steps_since_the_checkpoint_before(recipe, whole_losses, tmp_path, attempt):
+def test_a_kill_in_mid_save_costs_the_steps_since_the_checkpoint_before(recipe, whole_losses, tmp_path):
     run = tmp_path / "run"
     flags = [*recipe, "--out", str(run)]
     job = Job(tmp_path, [flags] * 2, stall_in_second_save)
@@ -143,8 +136,7 @@ def test_a_kill_in_mid_save_costs_the_steps_since_the_checkpoint_before(recipe, 
     assert checkpoints_of(run) == ["step-00000009", "step-00000012"]
 
 
-@FIRST_OF_TEN
-def test_a_rank_that_hangs_ends_the_job_within_the_timeout(recipe, whole_losses, tmp_path, attempt):
+def test_a_rank_that_hangs_ends_the_job_within_the_timeout(recipe, whole_losses, tmp_path):
     flags = [*recipe, "--out", str(tmp_path / "run"), "--timeout-s", "4"]
     job = Job(tmp_path, [flags] * 2, stop_rank_1)
     began = time.monotonic()
@@ -158,7 +150,6 @@ def test_a_rank_that_hangs_ends_the_job_within_the_timeout(recipe, whole_losses,
     assert losses_of(tmp_path / "run") == whole_losses
 
 
-@FIRST_OF_TEN
 @pytest.mark.parametrize(
     ("of_rank_1", "difference"),
     [
@@ -168,7 +159,7 @@ def test_a_rank_that_hangs_ends_the_job_within_the_timeout(recipe, whole_losses,
         (["--preset", "nothing"], "rank 1: preset must be one of"),
     ],
 )
-def test_ranks_that_differ_refuse_to_start(recipe, tmp_path, of_rank_1, difference, attempt):
+def test_ranks_that_differ_refuse_to_start(recipe, tmp_path, of_rank_1, difference):
     flags = [*recipe, "--out", str(tmp_path / "run")]
     job = Job(tmp_path, [flags, flags + of_rank_1])
     assert job.wait() == [2, 2]
@@ -177,8 +168,7 @@ def test_ranks_that_differ_refuse_to_start(recipe, tmp_path, of_rank_1, differen
     assert not (tmp_path / "run").exists()
 
 
-@FIRST_OF_TEN
-def test_ranks_with_other_text_refuse_to_start(recipe, tmp_path, attempt):
+def test_ranks_with_other_text_refuse_to_start(recipe, tmp_path):
     flags = [*recipe, "--out", str(tmp_path / "run")]
     job = Job(tmp_path, [flags] * 2, other_text_on_rank_1)
     assert job.wait() == [2, 2]
