@@ -222,7 +222,13 @@ class ShardedValueTable(ValueTable):
 
 def make_table(config: MemoryConfig, shard: TableShard | None) -> ValueTable:
     """A table, or this process's part of one."""
-    return ValueTable(config) if shard is None else ShardedValueTable(config, shard)
+    if shard is None:
+        return ValueTable(config)
+    if shard.tokens == "own":
+        return ShardedValueTable(config, shard)
+    from ultramem.graph.same_tokens_table import SameTokensTable  # which is made of this one
+
+    return SameTokensTable(config, shard)
 
 
 _CHUNK_ELEMENTS = 2**22

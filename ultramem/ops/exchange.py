@@ -17,6 +17,7 @@ import torch.distributed._functional_collectives  # registers the operators
 from torch import Tensor
 
 ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER = "all_to_all", "all_gather", "reduce_scatter"
+ALL_REDUCE = "all_reduce"
 _REVERSE = {ALL_TO_ALL: ALL_TO_ALL, ALL_GATHER: REDUCE_SCATTER, REDUCE_SCATTER: ALL_GATHER}
 
 
@@ -52,17 +53,18 @@ def start(tensor: Tensor, way: Way) -> Flight:
     """Start the exchange of `tensor` along its first dimension; its gradient comes back in `arrive`'s backward.
 
     An all-gather [R,...] gives [P*R,...] in the order of ranks. A reduce-scatter [P*R,...] gives the sum of every
-    rank's part [R,...]. An all-to-all sends `send[p]` rows to rank p and receives `receive[p]` from it.
+    rank's part [R,...]. An all-to-all sends `send[p]` rows to rank p and receives `receive[p]` from it. An all-reduce
+    gives the sum, and takes no gradient.
     """
     sent = tensor.contiguous()
-    if sent.is_floating_point():
+    if _has_gradient(sent, way):
         sent = _Depart.apply(sent)
     return Flight(_launch(sent.detach(), way), sent, way)
 
 
 def arrive(flight: Flight) -> Tensor:
     """Wait for the exchange and return what came."""
-    if not flight.sent.is_floating_point():
+    if not _has_gradient(flight.sent, flight.way):
         return _wait(flight.coming)
     arrived: Tensor = _Arrive.apply(flight.coming, flight.sent, *flight.way)
     return arrived
@@ -73,12 +75,18 @@ def exchange(tensor: Tensor, way: Way) -> Tensor:
     return arrive(start(tensor, way))
 
 
+def _has_gradient(tensor: Tensor, way: Way) -> bool:
+    return tensor.is_floating_point() and way.kind != ALL_REDUCE
+
+
 def _launch(tensor: Tensor, way: Way) -> Tensor:
     collectives: Any = torch.ops._c10d_functional
     if way.kind == ALL_GATHER:
         launched: Tensor = collectives.all_gather_into_tensor(tensor, way.size, way.group)
     elif way.kind == REDUCE_SCATTER:
         launched = collectives.reduce_scatter_tensor(tensor, "sum", way.size, way.group)
+    elif way.kind == ALL_REDUCE:
+        launched = collectives.all_reduce(tensor, "sum", way.group)
     else:
         equal = [tensor.shape[0] // way.size] * way.size
         launched = collectives.all_to_all_single(tensor, way.receive or equal, way.send or equal, way.group)
@@ -115,4 +123,4 @@ class _Arrive(torch.autograd.Function):
         return None, _launch(grad.contiguous(), ctx.way), *(None,) * len(Way._fields)
 
 
-__all__ = ["ALL_GATHER", "ALL_TO_ALL", "REDUCE_SCATTER", "Flight", "Way", "arrive", "exchange", "start"]
+__all__ = ["ALL_GATHER", "ALL_REDUCE", "ALL_TO_ALL", "REDUCE_SCATTER", "Flight", "Way", "arrive", "exchange", "start"]
