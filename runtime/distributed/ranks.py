@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -73,6 +73,18 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest that any rank has, of each of as many numbers as all ranks have."""
+        if self.size == 1 or not numbers:
+            return list(numbers)
+        found = torch.tensor(numbers)  # on the CPU, for which there is a way beside that of devices
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [int(each) for each in found.tolist()]
+
+    def as_main_has(self, numbers: Sequence[int]) -> list[int]:
+        """What the main rank has, of as many numbers of at least 0 as all ranks have."""
+        return self.largest(numbers if self.is_main else [-1] * len(numbers))
 
     def on_main(self, work: Callable[[], T]) -> T | None:
         """What the main rank's `work` returns, there; None elsewhere, once it has ended. Its error is everybody's.
