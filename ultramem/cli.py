@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ultramem.config import TrainConfig, from_dict
 from ultramem.data_cli import add_data_commands
-from ultramem.generate_cli import EXPORTS, add_generate_command
+from ultramem.generate_cli import EXPORTS, add_generate_command, add_placement_option
 from ultramem.profile_cli import add_profile_command
 from ultramem.train_cli import add_train_commands
 
@@ -105,6 +105,7 @@ def _build_parser() -> _Parser:
     sub.add_argument("--kernels", metavar="K", help="of our nodes: plugin (default) or body (tensorrt)")
     sub.add_argument("--device", default="cpu", metavar="D", help="of native code: cpu (default) or cuda (aoti)")
     sub.add_argument("--decode", action="store_true", help="a graph of one new token; in AOTInductor beside the other")
+    add_placement_option(sub)
 
     add_profile_command(command)
 
@@ -194,6 +195,10 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
         sizes=args.sizes,
         kernels=args.kernels,
     )
+    if args.table_placement is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from ultramem.export_parts_cli import export_parts_of
+
+        return export_parts_of(args, options)
     model = load(args.run_folder)
     rounds = (options.dtype, options.table) != ("fp32", None)
     bits_per_byte = _held_out_bits(args.run_folder) if rounds else None

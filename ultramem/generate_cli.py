@@ -77,7 +77,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
             require_model_engine(ranks, args.engine)
             chosen = {name: value for name, value in vars(args).items() if name != "run"}
             require_agreement(ranks, {"arguments": str(chosen), "model": str(config)})
-            if reason and ranks.is_main:
+            if reason and ranks.is_main and args.engine not in EXPORTS:
                 print(reason, file=sys.stderr)
             result = _generate_on(ranks, shard, tokenizer, requests, args)
     except LostRankError as error:
@@ -99,7 +99,9 @@ def _generate_on(
 
     with stop_signals() if ranks.size > 1 else nullcontext(StopFlag()) as stop:
         generator = Generator(
-            _engine(args.engine, args.run_folder, args.artifact, mmap=args.mmap, shard=shard),
+            _engine(args.engine, args.run_folder, args.artifact, mmap=args.mmap)
+            if shard is None
+            else _engine_of_part(args.engine, args.run_folder, args.artifact, mmap=args.mmap, shard=shard),
             tokenizer=tokenizer,
             max_batch=args.max_batch,
             max_cache_bytes=args.max_cache_bytes,
@@ -146,14 +148,12 @@ class _InOrder:
             yield "\n\n" if self._waiting else "\n"
 
 
-def _engine(
-    name: str, run_folder: Path, artifact: Path | None, *, mmap: bool = False, shard: TableShard | None = None
-) -> Engine:
+def _engine(name: str, run_folder: Path, artifact: Path | None, *, mmap: bool = False) -> Engine:
     """An engine for a run; what it needs is exported first if it is not there."""
     from ultramem.graph.weights import load
     from ultramem.runtime.engine import OnnxEngine, open_engine
 
-    model = load(run_folder, mmap=mmap, shard=shard)
+    model = load(run_folder, mmap=mmap)
     if name in EXPORTS and artifact is None:
         artifact = run_folder / "exports" / name
         if not artifact.exists():
@@ -166,3 +166,16 @@ def _engine(
     if isinstance(engine, OnnxEngine):
         print(f"onnx: {engine.kernels}", file=sys.stderr)
     return engine
+
+
+def _engine_of_part(name: str, run_folder: Path, artifact: Path | None, *, mmap: bool, shard: TableShard) -> Engine:
+    """An engine for this rank's part of a run, or of an export of parts."""
+    from ultramem.export.shard_record import part_folder
+    from ultramem.graph.weights import load
+    from ultramem.runtime.engine import open_engine
+
+    if name not in EXPORTS:
+        return open_engine(name, load(run_folder, mmap=mmap, shard=shard), None)
+    if artifact is None:
+        raise ValueError(f"artifact must be an export of parts for engine {name!r} of {shard.ranks} ranks, got None")
+    return open_engine(name, None, part_folder(artifact, shard.rank, shard.ranks))

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import cast
 
 from ultramem.config import ModelConfig, ParallelConfig
-from ultramem.graph.table_shard import TableShard
+from ultramem.graph.table_shard import Placement, TableShard
 from ultramem.runtime.distributed.ranks import Ranks, join_ranks
 
 PLACEMENTS = ("rows", "columns", "auto")
-ENGINES = ("eager", "compile")
-"""What runs a model of which each rank has a part; an export of parts is run by `load_artifact`."""
+MODEL_ENGINES = ("eager", "compile")
+"""What runs a model of which each rank has a part."""
 
 
 @contextmanager
@@ -44,17 +45,18 @@ def inference_ranks(model: ModelConfig, table_placement: str | None) -> Iterator
         yield ranks, replace(shard, tokens="same"), reason
 
 
-def require_model_engine(ranks: Ranks, engine: str) -> None:
-    """Raise unless an engine can run a model of which each rank has a part.
+def require_model_engine(ranks: Ranks, engine: str, *, exports: bool = True) -> None:
+    """Raise unless an engine can run a model of which each rank has a part; `exports`: or an export of parts.
 
     Raises:
         ValueError: it can't.
     """
-    if ranks.size > 1 and engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)} where {ranks.size} ranks share, got {engine!r}")
+    accepted = (*MODEL_ENGINES, "aoti") if exports else MODEL_ENGINES
+    if ranks.size > 1 and engine not in accepted:
+        raise ValueError(f"engine must be one of {', '.join(accepted)} where {ranks.size} ranks share, got {engine!r}")
 
 
-def _choose(model: ModelConfig, size: int, placement: str) -> tuple[str, str]:
+def _choose(model: ModelConfig, size: int, placement: str) -> tuple[Placement, str]:
     """By what a rank sends for a token; and the reason in words."""
     memory = model.memory
     if memory is None:
@@ -65,7 +67,7 @@ def _choose(model: ModelConfig, size: int, placement: str) -> tuple[str, str]:
     by_rows, by_columns = 2 * width * (size - 1) / size, width * (size - 1) / size
     sent = f"a rank sends {by_rows:,.0f} numbers a token and layer by rows, {by_columns:,.0f} by columns"
     if placement != "auto":
-        return placement, f"tables in {size} parts by {placement}: as asked for; {sent}"
+        return cast(Placement, placement), f"tables in {size} parts by {placement}: as asked for; {sent}"
     odd = [f"{name} {wide}" for name, wide in _widths(model) if wide % size]
     if odd:
         return "rows", f"tables in {size} parts by rows: {odd[0]} can't be cut into {size} equal parts"

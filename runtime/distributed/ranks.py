@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,8 +80,16 @@ class Ranks:
         """The largest that any rank has, of each of as many numbers as all ranks have."""
         if self.size == 1 or not numbers:
             return list(numbers)
-        found = torch.tensor(numbers)  # on the CPU, for which there is a way beside that of devices
+        found = torch.tensor(numbers, dtype=torch.int64)  # on the CPU: gloo is there whatever devices talk by
+        held = sys.getrefcount(found)
         dist.all_reduce(found, dist.ReduceOp.MAX)
+        # The collective's thread takes Python's lock to let go of the tensor. An AOTInductor package keeps that lock
+        # while it runs, and would wait forever for a collective of its own on a thread that waits for the lock.
+        end = time.monotonic() + _LET_GO_S
+        while time.monotonic() < end:
+            if found._use_count() == 1 and sys.getrefcount(found) <= held:  # type: ignore[attr-defined]  # no stub
+                break
+            time.sleep(0)
         return [int(each) for each in found.tolist()]
 
     def as_main_has(self, numbers: Sequence[int]) -> list[int]:
@@ -114,6 +124,8 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
 
+
+_LET_GO_S = 10.0
 
 _ERRORS: dict[str, type[Exception]] = {
     each.__name__: each for each in (ValueError, FileExistsError, FileNotFoundError, IsADirectoryError, ImportError)

@@ -1,12 +1,18 @@
 """Models in parts that several ranks run together on the same tokens: logits and tokens of one process."""
 
 import itertools
+import os
+import resource
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from families import FAMILIES
+from mapped import data_bytes
 from torch.distributed.device_mesh import init_device_mesh
 
 import ultramem
@@ -19,6 +25,7 @@ from ultramem.runtime.distributed.inference import inference_ranks, require_mode
 from ultramem.runtime.distributed.ranks import Ranks
 from ultramem.runtime.engine import open_engine
 from ultramem.runtime.generate import Generator, Request
+from ultramem.runtime.tokenizer import load_tokenizer
 
 PLACEMENTS = "rows", "columns"
 MEMORIES = [name for name, config in FAMILIES.items() if config.memory is not None]
@@ -81,13 +88,13 @@ ASKED = [
 ]
 
 
-def completions_of(config, placement, engine):
+def completions_of(config, placement, engine, batch):
     """Tokens of one process and of all ranks, and how far logits of the first prompt are apart."""
     whole, parts = make_models(config, placement)
     engines = open_engine("eager", whole, None), open_engine(engine, parts, None)
     groups = {}, {"ranks": ranks_of_group()}
     found = [
-        [each.tokens for each in Generator(one, max_batch=2, **group).complete(ASKED)]
+        [each.tokens for each in Generator(one, max_batch=batch, **group).complete(ASKED)]
         for one, group in zip(engines, groups, strict=True)
     ]
     prompt = torch.tensor([PROMPTS[0]])
@@ -108,11 +115,11 @@ def check_completions(answers):
     [(family, PLACEMENTS[index % 2]) for index, family in enumerate(("ultramem", "pkm", "peer", "ultramem-v2"))],
 )
 def test_greedy_and_sampled_tokens_are_those_of_one_process(ranks, family, placement):
-    check_completions(ranks(2).run(completions_of, FAMILIES[family], placement, "eager"))
+    check_completions(ranks(2).run(completions_of, FAMILIES[family], placement, "eager", 2))
 
 
 def test_compiled_tokens_are_those_of_one_process(ranks):
-    check_completions(ranks(2).run(completions_of, FAMILIES["ultramem"], "rows", "compile"))
+    check_completions(ranks(2).run(completions_of, FAMILIES["ultramem"], "rows", "compile", 1))
 
 
 def compiled_difference(config, placement):
@@ -241,6 +248,38 @@ def test_a_run_that_does_not_fit_or_is_mapped_is_refused(ranks, tmp_path):
         assert error.startswith("mmap must be False")
 
 
+def logits_within(folder, placement, allowed_bytes):
+    """Of a run that is loaded with so much memory more; and what a load of the whole of it says."""
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    expected = ultramem.load(folder, mmap=True)(tokens).logits
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + allowed_bytes, hard))
+    try:
+        with torch.no_grad():
+            found = ultramem.load(folder, shard=make_shard(placement))(tokens).logits
+        ultramem.load(folder)
+    except RuntimeError as error:
+        refused = str(error)
+    else:
+        refused = ""
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    return float((found - expected).abs().max()), refused
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux")
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_no_rank_loads_more_than_its_part(ranks, tmp_path, placement):
+    config = FAMILIES["ultramem"]
+    config = replace(config, memory=replace(config.memory, knum=256, value_dim=256))
+    table_bytes = 256**3 * 4
+    save_weights(build_model(config), tmp_path)
+    write_config(tmp_path, config)
+    for difference, refused in ranks(2).run(logits_within, tmp_path, placement, table_bytes * 7 // 8):
+        assert difference < 1e-5
+        assert "Cannot allocate memory" in refused
+
+
 def test_one_process_has_no_placement():
     with inference_ranks(FAMILIES["ultramem"], None) as (alone, shard, reason):
         assert (alone.size, shard, reason) == (1, None, "")
@@ -252,5 +291,56 @@ def test_one_process_has_no_placement():
 
 
 def test_exports_of_a_whole_model_are_no_engines_of_ranks():
-    with pytest.raises(ValueError, match="engine must be one of eager, compile where 2 ranks share, got 'onnx'"):
+    with pytest.raises(ValueError, match="engine must be one of eager, compile, aoti where 2 ranks share, got 'onnx'"):
         require_model_engine(Ranks(size=2), "onnx")
+
+
+def start_ranks(*args):
+    """Two ranks of the command line, and a pipe for what they print."""
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ultramem")
+    return subprocess.Popen(
+        [*command, *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def workers_of(parent):
+    found = {}
+    for pid in subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split():
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            names = dict(entry.split(b"=", 1) for entry in file.read().split(b"\0") if b"=" in entry)
+        if b"RANK" in names:
+            found[int(names[b"RANK"])] = int(pid)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+def test_one_prints_and_a_signal_to_another_ends_all(tmp_path):
+    config = replace(FAMILIES["ultramem"], vocab_size=257)
+    torch.manual_seed(0)
+    model = build_model(config)
+    save_weights(model, tmp_path)
+    write_config(tmp_path, config)
+    tokenizer = load_tokenizer(tmp_path)
+    prompt = "Once"
+    request = Request(prompt=(tokenizer.end_of_text, *tokenizer.encode(prompt)), max_new_tokens=40)
+    engine = open_engine("eager", model.eval(), None)
+    expected = Generator(engine, tokenizer=tokenizer, end_of_text=-1).complete([request])[0].text
+    ranks = start_ranks("generate", str(tmp_path), "--prompt", prompt, "--max-new-tokens", "4000")
+    printed = ""
+    try:
+        while len(printed.partition(prompt)[2]) < 20:
+            piece = ranks.stdout.read(1)
+            assert piece, printed
+            printed += piece
+        os.kill(workers_of(ranks.pid)[1], signal.SIGINT)
+        printed += ranks.communicate(timeout=60)[0]
+    finally:
+        ranks.kill()
+    assert printed.count(prompt) == 1
+    assert expected[:10] in printed
+    assert printed.count("ultramem generate: stopped") == 2
+    assert "lost another rank" not in printed
