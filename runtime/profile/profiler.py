@@ -11,8 +11,10 @@ import torch
 from ultramem.config import to_dict
 from ultramem.counts import count
 from ultramem.graph import Transformer
+from ultramem.graph.sharded_table import shard_of
 from ultramem.machine import Machine, measure_machine
 from ultramem.runtime.profile.eager_stages import eager_stages
+from ultramem.runtime.profile.in_step import agreed
 from ultramem.runtime.profile.inductor_stages import kernel_stages
 from ultramem.runtime.profile.measure import (
     Cell,
@@ -174,7 +176,7 @@ def make_settings(
 def describe_model(model: Transformer, name: str) -> ProfiledModel:
     """Names and counts of the model."""
     counts = count(model.config)
-    weight = model.embedding.weight
+    weight, shard = model.embedding.weight, shard_of(model)
     return ProfiledModel(
         name=name,
         parameters=counts.total_with_embeddings,
@@ -182,6 +184,8 @@ def describe_model(model: Transformer, name: str) -> ProfiledModel:
         weight_bytes=counts.total_with_embeddings * weight.element_size(),
         dtype=str(weight.dtype).removeprefix("torch."),
         config=to_dict(model.config),
+        ranks=1 if shard is None else shard.ranks,
+        table_placement="whole" if shard is None else shard.placement,
     )
 
 
@@ -208,7 +212,7 @@ def _requests(
 
 def _stages_of(model: Transformer, opened: Opened, cell: Cell, inputs: Inputs, device: torch.device) -> StageTimes:
     name, folder = opened.engine.name, opened.folder
-    repeats = max(5, min(STAGE_REPEATS, int(1e6 * STAGE_SECONDS / percentile(cell.samples_us, 0.5))))
+    repeats = agreed(max(5, min(STAGE_REPEATS, int(1e6 * STAGE_SECONDS / percentile(cell.samples_us, 0.5)))))
     if name == "eager":
         # The engine's own model, which is not `model` but shares its weights.
         return eager_stages(getattr(opened.engine, "model", model), cell, repeats=repeats, device=device)

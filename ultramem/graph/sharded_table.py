@@ -231,6 +231,11 @@ def make_table(config: MemoryConfig, shard: TableShard | None) -> ValueTable:
     return SameTokensTable(config, shard)
 
 
+def shard_of(model: nn.Module) -> TableShard | None:
+    """How a model's tables are spread over ranks; None: they are whole."""
+    return next((each.shard for each in model.modules() if isinstance(each, ShardedValueTable)), None)
+
+
 _CHUNK_ELEMENTS = 2**22
 _DRAWN_AT_ONCE = 16  # normal numbers that PyTorch draws together on a CPU
 
