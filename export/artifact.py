@@ -18,6 +18,7 @@ from ultramem.export.parity import BitsPerByte, measure_parity
 from ultramem.export.program import PassRecord
 from ultramem.export.rounding import rounded
 from ultramem.export.run_facts import RunFacts
+from ultramem.export.shard_record import require_rank
 from ultramem.export.signature import check_inputs, tensor_specs
 from ultramem.graph.transformer import Transformer
 
@@ -115,8 +116,8 @@ def load_artifact(
 
     Raises:
         FileNotFoundError: there is no manifest.
-        ValueError: a file is missing, truncated, altered or not of this engine, or the export is for another engine
-            than `engine`.
+        ValueError: a file is missing, truncated, altered or not of this engine, the export is for another engine
+            than `engine`, or is that of another rank.
         ImportError: the libraries of that engine are missing.
     """
     path = Path(folder)
@@ -124,6 +125,7 @@ def load_artifact(
     check_engine(found.engine)
     if engine is not None and found.engine != engine:
         raise ValueError(f"{path} is an export for {found.engine}, not for {engine}")
+    require_rank(path, found.shard)
     backend = BACKENDS[found.engine]
     if backend.files[0] not in found.files or not set(backend.files).issuperset(found.files):
         raise ValueError(

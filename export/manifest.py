@@ -19,6 +19,7 @@ from ultramem.config import ModelConfig, from_dict, to_dict
 from ultramem.export.options import ExportOptions
 from ultramem.export.parity import CaseError, Parity, Rounding
 from ultramem.export.program import PassRecord
+from ultramem.export.shard_record import ShardRecord, read_record
 from ultramem.export.signature import TensorSpec
 
 FILE = "manifest.json"
@@ -50,12 +51,15 @@ class Manifest:
     how_to_load: tuple[str, ...]
     versions: dict[str, str]
     source_commit: str | None
+    shard: ShardRecord | None = None
+    """The part of the tables that is in here; None: all of them."""
     format_version: int = FORMAT_VERSION
 
     def __str__(self) -> str:
         size = sum(file.bytes for file in self.files.values())
         types = "/".join(filter(None, (self.options.dtype, self.options.table)))
-        return f"{self.engine} {types}, {size / 1e6:.1f} MB, {self.parity}"
+        part = "" if self.shard is None else f"{self.shard}, "
+        return f"{self.engine} {types}, {part}{size / 1e6:.1f} MB, {self.parity}"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -93,6 +97,7 @@ def read_manifest(folder: Path) -> Manifest:
                 "passes": tuple(PassRecord(**each) for each in document["passes"]),
                 "parity": _parity(document["parity"]),
                 "how_to_load": tuple(document["how_to_load"]),
+                "shard": read_record(document.get("shard")),
             }
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:

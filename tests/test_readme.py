@@ -20,7 +20,7 @@ def test_python_blocks_run(block):
 
 
 def test_commands_parse():
-    commands = re.findall(r"^ultramem .*$", README, re.MULTILINE)
+    commands = re.findall(r"^(?:torchrun .* -m )?(ultramem .*)$", README, re.MULTILINE)
     assert len(commands) >= 6
     for command in commands:
         _build_parser().parse_args(shlex.split(command, comments=True)[1:])

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ultramem.config import TrainConfig, from_dict
 from ultramem.data_cli import add_data_commands
-from ultramem.generate_cli import EXPORTS, add_generate_command
+from ultramem.generate_cli import EXPORTS, add_generate_command, add_placement_option
 from ultramem.input_errors import INPUT_ERRORS, one_line
 from ultramem.plan_cli import add_plan_command
 from ultramem.profile_cli import add_profile_command
@@ -107,6 +107,7 @@ def _build_parser() -> _Parser:
     help_text = "choose candidates by coarse keys (default: in graphs of one token, where keys are large)"
     sub.add_argument("--coarse-keys", action=argparse.BooleanOptionalAction, help=help_text)
     sub.add_argument("--profiled", action="store_true", help="compiled so that a profile tells its stages apart (aoti)")
+    add_placement_option(sub)
 
     add_profile_command(command)
 
@@ -202,6 +203,10 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
         sizes=args.sizes,
         kernels=args.kernels,
     )
+    if args.table_placement is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from ultramem.export_parts_cli import export_parts_of
+
+        return export_parts_of(args, options)
     model = load(args.run_folder)
     rounds = (options.dtype, options.table) != ("fp32", None)
     bits_per_byte = _held_out_bits(args.run_folder) if rounds else None

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ultramem.graph.table_shard import TableShard
+    from ultramem.runtime.distributed import Ranks
     from ultramem.runtime.engine import Engine
-    from ultramem.runtime.generate import Event
+    from ultramem.runtime.generate import Event, Request
+    from ultramem.runtime.tokenizer import Tokenizer
 
 ENGINES = ("eager", "compile", "onnx", "aoti", "tensorrt")
 EXPORTS = ("onnx", "aoti", "tensorrt")
@@ -34,11 +38,23 @@ def add_generate_command(command: Callable[[str, Any, str], argparse.ArgumentPar
     sub.add_argument("--engine", default="eager", choices=ENGINES, help="(default: eager)")
     sub.add_argument("--mmap", action="store_true", help="map the weights from their file instead of reading them")
     sub.add_argument("--artifact", type=Path, metavar="DIR", help="export folder (default: RUN/exports/ENGINE)")
+    add_placement_option(sub)
+
+
+def add_placement_option(sub: argparse.ArgumentParser) -> None:
+    """How ranks share tables, where there are several."""
+    sub.add_argument(
+        "--table-placement",
+        choices=("rows", "columns", "auto"),
+        help="over ranks (torchrun ... -m ultramem): what each has of the value tables (default: auto)",
+    )
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from ultramem.graph.weights import read_model_config
-    from ultramem.runtime.generate import Generator, Request, check_request
+    from ultramem.runtime.distributed import LostRankError, require_agreement
+    from ultramem.runtime.distributed.inference import inference_ranks, require_model_engine
+    from ultramem.runtime.generate import Request, check_request
     from ultramem.runtime.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.run_folder)
@@ -56,25 +72,58 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     ]
     for request in requests:  # an engine may have to be exported or compiled: not for what is refused then
         check_request(request, config)
-    generator = Generator(
-        _engine(args.engine, args.run_folder, args.artifact, mmap=args.mmap),
-        tokenizer=tokenizer,
-        max_batch=args.max_batch,
-        max_cache_bytes=args.max_cache_bytes,
-    )
-    ids = [generator.submit(request) for request in requests]
-    completions = [{"prompt": prompt, "text": "", "tokens": [], "finish_reason": None} for prompt in args.prompt]
-    by_id: dict[int, dict[str, Any]] = dict(zip(ids, completions, strict=True))
-    shown = _InOrder(ids, args.prompt)
-    for event in generator.run():
-        completion = by_id[event.request_id]
-        completion["text"] += event.text
-        completion["finish_reason"] = event.finish_reason
-        if event.token is not None:
-            completion["tokens"].append(event.token)
-        if not args.json:
-            for piece in shown.pieces(event):
-                print(piece, end="", flush=True)
+    try:
+        with inference_ranks(config, args.table_placement) as (ranks, shard, reason):
+            require_model_engine(ranks, args.engine)
+            chosen = {name: value for name, value in vars(args).items() if name != "run"}
+            require_agreement(ranks, {"arguments": str(chosen), "model": str(config)})
+            if reason and ranks.is_main and args.engine not in EXPORTS:
+                print(reason, file=sys.stderr)
+            result = _generate_on(ranks, shard, tokenizer, requests, args)
+    except LostRankError as error:
+        print(f"ultramem generate: lost another rank ({error})", file=sys.stderr)
+        sys.exit(1)
+    if any(each["finish_reason"] == "cancelled" for each in result["completions"]):
+        raise KeyboardInterrupt
+    if not ranks.is_main:
+        sys.exit(0)
+    return result
+
+
+def _generate_on(
+    ranks: Ranks, shard: TableShard | None, tokenizer: Tokenizer, requests: list[Request], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Every rank does the same, and the main one prints. A signal to one of them cancels the requests of all."""
+    from ultramem.runtime.generate import Generator
+    from ultramem.runtime.stop_signals import StopFlag, stop_signals
+
+    with stop_signals() if ranks.size > 1 else nullcontext(StopFlag()) as stop:
+        generator = Generator(
+            _engine(args.engine, args.run_folder, args.artifact, mmap=args.mmap)
+            if shard is None
+            else _engine_of_part(args.engine, args.run_folder, args.artifact, mmap=args.mmap, shard=shard),
+            tokenizer=tokenizer,
+            max_batch=args.max_batch,
+            max_cache_bytes=args.max_cache_bytes,
+            ranks=ranks,
+        )
+        ids = [generator.submit(request) for request in requests]
+        completions = [{"prompt": prompt, "text": "", "tokens": [], "finish_reason": None} for prompt in args.prompt]
+        by_id: dict[int, dict[str, Any]] = dict(zip(ids, completions, strict=True))
+        shown = _InOrder(ids, args.prompt)
+        stop.may_raise = ranks.size == 1
+        for event in generator.run():
+            if stop.signum is not None:
+                for each in ids:
+                    generator.cancel(each)
+            completion = by_id[event.request_id]
+            completion["text"] += event.text
+            completion["finish_reason"] = event.finish_reason
+            if event.token is not None:
+                completion["tokens"].append(event.token)
+            if ranks.is_main and not args.json:
+                for piece in shown.pieces(event):
+                    print(piece, end="", flush=True)
     return {"engine": args.engine, **completions[0], "completions": completions}
 
 
@@ -117,3 +166,16 @@ def _engine(name: str, run_folder: Path, artifact: Path | None, *, mmap: bool = 
     if isinstance(engine, OnnxEngine):
         print(f"onnx: {engine.kernels}", file=sys.stderr)
     return engine
+
+
+def _engine_of_part(name: str, run_folder: Path, artifact: Path | None, *, mmap: bool, shard: TableShard) -> Engine:
+    """An engine for this rank's part of a run, or of an export of parts."""
+    from ultramem.export.shard_record import part_folder
+    from ultramem.graph.weights import load
+    from ultramem.runtime.engine import open_engine
+
+    if name not in EXPORTS:
+        return open_engine(name, load(run_folder, mmap=mmap, shard=shard), None)
+    if artifact is None:
+        raise ValueError(f"artifact must be an export of parts for engine {name!r} of {shard.ranks} ranks, got None")
+    return open_engine(name, None, part_folder(artifact, shard.rank, shard.ranks))

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultramem.figure_cli import add_figure_options, make_figure_of, refuse_without_figure
-from ultramem.generate_cli import ENGINES
+from ultramem.generate_cli import ENGINES, add_placement_option
 
 if TYPE_CHECKING:
+    from ultramem.config import ModelConfig
     from ultramem.graph import Transformer
+    from ultramem.graph.table_shard import TableShard
+    from ultramem.machine import Machine
+    from ultramem.runtime.distributed import Ranks
 
 FAIL_IF = (
     "limits of growth since the baseline, as p50>+5%%,ttft>+10%% (of p50, p90, p99, ttft, tpot): exit code 1 where a "
@@ -55,6 +59,7 @@ def add_profile_command(command: Callable[[str, Any, str], argparse.ArgumentPars
         help="exit code 1 where the stages of an engine, batch and phase, and what is outside of them, are more than "
         "10%% off the forward without instruments, over all and in every turn",
     )
+    add_placement_option(sub)
 
 
 def _profile(args: argparse.Namespace) -> dict[str, Any]:
@@ -63,6 +68,31 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
     refuse_without_figure(args)
     engines = _choices("engine", args.engine, ENGINES)
     batches = _positive_ints("batch", args.batch)
+    from ultramem.runtime.distributed import LostRankError, require_agreement
+    from ultramem.runtime.distributed.inference import inference_ranks, require_model_engine
+    from ultramem.runtime.profile.in_step import in_step
+
+    try:
+        with inference_ranks(_config_of(args.target), args.table_placement) as (ranks, shard, reason), in_step(ranks):
+            if ranks.size > 1:
+                for engine in engines:
+                    require_model_engine(ranks, engine, exports=False)
+                require_agreement(ranks, {"arguments": str({**vars(args), "run": None})})
+            if reason and ranks.is_main:
+                print(reason, file=sys.stderr)
+            document = _profile_on(ranks, shard, engines, batches, args)
+    except LostRankError as error:
+        print(f"ultramem profile: lost another rank ({error})", file=sys.stderr)
+        sys.exit(1)
+    if document is None:
+        sys.exit(0)
+    return document
+
+
+def _profile_on(
+    ranks: Ranks, shard: TableShard | None, engines: list[str], batches: list[int], args: argparse.Namespace
+) -> dict[str, Any] | None:
+    """The document, on the main rank, which writes and prints it; all ranks measure."""
     from ultramem.graph.weights import write_atomically
     from ultramem.runtime.profile import print_profile, profile, to_json
     from ultramem.runtime.profile.baseline import change_table, compare, parse_limits
@@ -76,7 +106,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"fail_if needs a baseline to compare with (--baseline FILE), got {args.fail_if!r} without one"
         )
-    model, exports = _model_to_profile(args.target, args.out, mmap=args.mmap)
+    model, exports = _model_to_profile(args.target, args.out, mmap=args.mmap, shard=shard)
     if args.out.exists() and not args.out.is_dir():
         raise FileExistsError(f"out: {args.out} exists and is not a folder")
     baseline, beside = _check_earlier(args, model, engines, batches)
@@ -89,8 +119,11 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
         new_tokens=args.new_tokens,
         seconds_per_cell=args.seconds,
         artifact_folder=exports,
-        progress=lambda message: print(message, file=sys.stderr, flush=True),
+        machine=_machine_of_main(ranks),
+        progress=lambda message: print(message, file=sys.stderr, flush=True) if ranks.is_main else None,
     )
+    if not ranks.is_main:
+        return None
     document = to_json(measured)
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out / "profile.json", json.dumps(document, indent=1).encode() + b"\n")
@@ -142,22 +175,47 @@ def _check_earlier(
     return baseline, beside
 
 
-def _model_to_profile(target: str, out: Path, *, mmap: bool = False) -> tuple[Transformer, Path]:
+def _config_of(target: str) -> ModelConfig:
+    from ultramem.graph.weights import read_model_config
+    from ultramem.presets import preset, presets
+
+    if Path(target).is_dir():
+        return read_model_config(Path(target))
+    if target in presets():
+        return preset(target)
+    raise FileNotFoundError(f"target must be a run folder or one of {', '.join(presets())}, got {target!r}")
+
+
+def _machine_of_main(ranks: Ranks) -> Machine | None:
+    """The roofs of one process, which others do not disturb; None where there is one, which measures them in time."""
+    if ranks.size == 1:
+        return None
+    import torch
+    import torch.distributed as dist
+
+    from ultramem.machine import measure_machine
+
+    found = [ranks.on_main(lambda: measure_machine(torch.device("cpu")))]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _model_to_profile(
+    target: str, out: Path, *, mmap: bool = False, shard: TableShard | None = None
+) -> tuple[Transformer, Path]:
     """The model of a run folder, or a preset's with fresh weights; and where its exported engines belong."""
     import torch
 
     from ultramem.graph.transformer import build_model
     from ultramem.graph.weights import load
-    from ultramem.presets import preset, presets
+    from ultramem.presets import preset
 
     if Path(target).is_dir():
-        return load(target, mmap=mmap), Path(target) / "exports"
-    if target in presets():
-        if mmap:
-            raise ValueError(f"mmap maps the weights of a run folder: the preset {target!r} has no file of them")
-        torch.manual_seed(0)  # the same weights at every call, so that profiles of a preset can be compared
-        return build_model(preset(target)).eval(), out / "exports"
-    raise FileNotFoundError(f"target must be a run folder or one of {', '.join(presets())}, got {target!r}")
+        return load(target, mmap=mmap, shard=shard), Path(target) / "exports"
+    if mmap:
+        raise ValueError(f"mmap maps the weights of a run folder: the preset {target!r} has no file of them")
+    torch.manual_seed(0)  # the same weights at every call, so that profiles of a preset can be compared
+    return build_model(preset(target), shard=shard).eval(), out / "exports"
 
 
 def _choices(name: str, text: str, accepted: Sequence[str]) -> list[str]:

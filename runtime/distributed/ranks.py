@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -80,6 +82,26 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest that any rank has, of each of as many numbers as all ranks have."""
+        if self.size == 1 or not numbers:
+            return list(numbers)
+        found = torch.tensor(numbers, dtype=torch.int64)  # on the CPU: gloo is there whatever devices talk by
+        held = sys.getrefcount(found)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        # The collective's thread takes Python's lock to let go of the tensor. An AOTInductor package keeps that lock
+        # while it runs, and would wait forever for a collective of its own on a thread that waits for the lock.
+        end = time.monotonic() + _LET_GO_S
+        while time.monotonic() < end:
+            if found._use_count() == 1 and sys.getrefcount(found) <= held:  # type: ignore[attr-defined]  # no stub
+                break
+            time.sleep(0)
+        return [int(each) for each in found.tolist()]
+
+    def as_main_has(self, numbers: Sequence[int]) -> list[int]:
+        """What the main rank has, of as many numbers of at least 0 as all ranks have."""
+        return self.largest(numbers if self.is_main else [-1] * len(numbers))
+
     def on_main(self, work: Callable[[], T]) -> T | None:
         """What the main rank's `work` returns, there; None elsewhere, once it has ended. Its error is everybody's.
 
@@ -118,6 +140,9 @@ def balance_together(model: nn.Module, ranks: Ranks) -> None:
         for module in model.modules():
             if isinstance(module, MoE):
                 module.batch_ranks = Way(ALL_REDUCE, dist.group.WORLD.group_name, ranks.size)
+
+
+_LET_GO_S = 10.0
 
 
 _ERRORS: dict[str, type[Exception]] = {

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ultramem.runtime.distributed.ranks import ALONE, Ranks
 from ultramem.runtime.engine import Engine
 from ultramem.runtime.engine_cache import EngineCache, cache_bytes_per_token, join_caches, take_rows
 from ultramem.runtime.generate.request import Completion, Event, FinishReason, Request, check_request
@@ -47,6 +48,8 @@ class Generator:
         max_batch: requests that run at a time; the others wait in order. An engine of a fixed batch has its own.
         max_cache_bytes: of keys and values of all that run, padding included; None: as memory lasts. While a step
             appends to them they are there twice.
+        ranks: that run the model together, each with a generator of its own that is given the same requests in the same
+            order. Tokens are those that the main rank picks; what one rank cancels ends on all.
 
     Raises:
         ValueError: an argument is out of range.
@@ -60,6 +63,7 @@ class Generator:
         end_of_text: int | None = None,
         max_batch: int = 8,
         max_cache_bytes: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
@@ -70,6 +74,7 @@ class Generator:
                 f"the export must take single tokens to generate, its graph takes {engine.new_tokens} at a time"
             )
         self.engine = engine
+        self.ranks = ranks
         self.tokenizer = tokenizer
         self.end_of_text = tokenizer.end_of_text if end_of_text is None and tokenizer is not None else end_of_text
         self.max_batch = max_batch if engine.batch is None else min(max_batch, engine.batch)
@@ -170,7 +175,8 @@ class Generator:
             if self._logits_BV is None:
                 self._decode()
             assert self._logits_BV is not None
-            tokens = [row.sampler.pick(logits_V) for row, logits_V in zip(self._running, self._logits_BV, strict=True)]
+            picked = [row.sampler.pick(logits_V) for row, logits_V in zip(self._running, self._logits_BV, strict=True)]
+            tokens = self.ranks.as_main_has(picked)  # machines may round differently, and then all must go one way
             events = [self._advance(row, token) for row, token in zip(self._running, tokens, strict=True)]
             self._events.extend(events)
             self._logits_BV = None
@@ -243,7 +249,9 @@ class Generator:
         return Event(row.request_id, token, text, None)
 
     def _drop_cancelled(self) -> None:
-        rows = [row for row in (*self._running, *self._waiting) if row.request_id in self._cancelled]
+        all_rows = [*self._running, *self._waiting]
+        cancelled = self.ranks.largest([int(row.request_id in self._cancelled) for row in all_rows])
+        rows = [row for row, is_cancelled in zip(all_rows, cancelled, strict=True) if is_cancelled]
         self._cancelled.clear()
         if not rows:
             return

@@ -10,6 +10,7 @@ N rows, Dv value dim, Dp width of an expert's input row. e is the bytes of one n
 | score | 2T * 2*H*r*n*K_r | keys; in the query, out T*2*H*r*n scores |
 | select | per head: a and b 4rn; candidates 2r^2 s + 2r s^2 per grid of side s; kept m*C*(2r^2 + 2r); PKM m^2 | in the scores, out T*H*m*C scores and int64 addresses |
 | lookup | 2T*K*(Dv + Dp), 2T*d*Dp of an expert projection | min(T*K, N) rows; in scores and addresses, out T*E*Dv |
+| exchange | none | what a rank sends to P - 1 others, where tables are in P parts: (P-1)/P * T*E*Dv by columns, twice that by rows, 2(P-1)/P * T*K of expert products |
 | expand | 2T * weights | weights; in T*E*Dv (and T*d, if gated), out T*d |
 | attention | 2T*4d^2 and 4d per pair of a token and a position that it sees | weights; in and out T*d; cache: 2*B*P*d read, 2*B*S*d written |
 | mlp | 2T*2*d*inner; with experts times those of a token, and 2T*d*experts of the router | weights, of at most as many experts as T tokens choose; in and out T*d |
@@ -18,7 +19,8 @@ N rows, Dv value dim, Dp width of an expert's input row. e is the bytes of one n
 
 Each is summed over the layers that have the stage. It is a lower bound: every weight and activation crosses the memory
 bus once, what stays inside a stage (the MLP's inner activations, the softmax) never does. Norms, activations, softmax,
-rotary angles and the comparisons of top-k are not counted as FLOPs.
+rotary angles and the comparisons of top-k are not counted as FLOPs. Of tables in P parts a rank reads 1/P of the rows'
+bytes (by rows in the mean).
 """  # noqa: E501  # a table row is one line
 
 from __future__ import annotations
@@ -30,12 +32,13 @@ from ultramem.counts import count_memory
 from ultramem.ops.tucker_topk import tail_length
 
 MEMORY_STAGES = ("query", "score", "select", "lookup", "expand")
-STAGES = (*MEMORY_STAGES, "attention", "mlp", "head", "other")
+EXCHANGE = "exchange"
+STAGES = (*MEMORY_STAGES[:-1], EXCHANGE, MEMORY_STAGES[-1], "attention", "mlp", "head", "other")
 ADDRESS_BYTES = 8
 
 
 class StageCost(NamedTuple):
-    """What a stage must compute and move in one forward, over all layers that have it."""
+    """What a stage must compute and move in one forward, over all layers that have it; of several ranks, on one."""
 
     stage: str
     flops: int
@@ -54,16 +57,26 @@ class StageCost(NamedTuple):
 
 
 def stage_costs(
-    config: ModelConfig, *, batch: int, new_tokens: int, cached_tokens: int = 0, element_bytes: int = 4
+    config: ModelConfig,
+    *,
+    batch: int,
+    new_tokens: int,
+    cached_tokens: int = 0,
+    element_bytes: int = 4,
+    ranks: int = 1,
+    placement: str | None = None,
 ) -> tuple[StageCost, ...]:
     """Cost of one forward of `batch` sequences with `new_tokens` each after `cached_tokens`, stage by stage.
 
     A prefill is `new_tokens=S`; a decode step is `new_tokens=1, cached_tokens=P`. Stages that the model lacks are
-    left out; the order is that of `STAGES`.
+    left out; the order is that of `STAGES`. With a `placement` of tables, "rows" or "columns", it is what each of the
+    `ranks` does, all of them on the same tokens.
     """
     costs = []
     if config.memory is not None:
         costs += _memory_costs(config.memory, len(config.parsed_insertions), batch, new_tokens, element_bytes)
+        if placement is not None:
+            costs = _shared(costs, config, ranks, placement, batch * new_tokens * element_bytes)
     costs += _dense_costs(config, batch, new_tokens, cached_tokens, element_bytes)
     return tuple(costs)
 
@@ -74,6 +87,20 @@ def modules_of_stages(config: ModelConfig) -> dict[str, int]:
     mlps = config.num_layers - len(config.layers_without_mlp)
     counts = dict.fromkeys(MEMORY_STAGES, memories) | {"attention": config.num_layers, "mlp": mlps, "head": 1}
     return {stage: number for stage, number in counts.items() if number}
+
+
+def _shared(
+    costs: list[StageCost], config: ModelConfig, ranks: int, placement: str, token_bytes: int
+) -> list[StageCost]:
+    """The stages of a memory layer on one of several ranks; `token_bytes` are those of a number for each token."""
+    memory, layers = config.memory, len(config.parsed_insertions)
+    assert memory is not None
+    *before, lookup, expand = costs
+    rows = memory.expansion * memory.value_dim * (1 if placement == "columns" else 2)
+    products = 2 * memory.num_slots if memory.expert_dim else 0
+    sent = layers * token_bytes * (rows + products) * (ranks - 1) // ranks
+    lookup = lookup._replace(row_bytes=lookup.row_bytes // ranks)
+    return [*before, lookup, StageCost(EXCHANGE, 0, 0, 0, 0, activation_bytes=sent), expand]
 
 
 def _memory_costs(memory: MemoryConfig, layers: int, batch: int, new_tokens: int, size: int) -> list[StageCost]:

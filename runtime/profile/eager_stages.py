@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from ultramem.machine import synchronize
+from ultramem.runtime.profile.arithmetic import EXCHANGE
 from ultramem.runtime.profile.divided_runs import divided
 from ultramem.runtime.profile.measure import Cell
-from ultramem.runtime.profile.modules import BETWEEN, TABLE, module_of_path, stage_of_module, stage_of_path
+from ultramem.runtime.profile.modules import BETWEEN, COLLECTIVES, TABLE, module_of_path, stage_of_module, stage_of_path
 from ultramem.runtime.profile.profiled_calls import CALL, Span, profiled_spans
 from ultramem.runtime.profile.schema import StageTimes
 from ultramem.runtime.profile.stage_turns import stages_in_turns
@@ -101,7 +102,7 @@ def _node(name: str, kind: str, module: str, span: Span, call_start_us: float) -
         node=name,
         kind=kind,
         modules=(module,),
-        stages=(stage_of_module(module),),
+        stages=(EXCHANGE if kind.startswith(COLLECTIVES) else stage_of_module(module),),
         start_us=span.start_us - call_start_us,
         time_us=span.time_us,
         span_us=span.time_us,

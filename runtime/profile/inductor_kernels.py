@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from ultramem.runtime.profile.arithmetic import MEMORY_STAGES
-from ultramem.runtime.profile.modules import module_of_stack, stage_of_module
+from ultramem.runtime.profile.arithmetic import EXCHANGE, MEMORY_STAGES
+from ultramem.runtime.profile.modules import COLLECTIVES, module_of_stack, stage_of_module
 from ultramem.runtime.profile.stack_traces import sources_tag, stages_of_traces
 
 COMPILE_OPTIONS = {"trace.provenance_tracking_level": 2, "cpp.enable_kernel_profile": True}
@@ -170,6 +170,10 @@ def _kernels(
 
 
 def _kernel_stages_of(name: str, stages: tuple[str, ...]) -> tuple[str, ...]:
+    if COLLECTIVES in name:
+        return (EXCHANGE,)
+    # What writes to where a collective will read has traces of that one, too.
+    stages = tuple(stage for stage in stages if stage != EXCHANGE) or ("other",)
     # A kernel of a library is one operator; the other traces are those of views in its inputs, from stages before it.
     if not name.startswith("cpp_fused") and set(stages) <= set(MEMORY_STAGES):
         return stages[-1:]

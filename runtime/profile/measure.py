@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ultramem.machine import synchronize
+from ultramem.runtime.profile.in_step import agreed
 from ultramem.runtime.profile.schema import DECODE, PREFILL
 
 TOLERANCE_FACTOR = 4.0
@@ -159,7 +160,7 @@ def measure_cells(
             samples: list[float] = []
             end = time.perf_counter() + seconds_per_cell / rounds
             cell.call()  # what the engine before it left in the caches is not this engine's
-            while len(samples) < at_least or (len(samples) < per_round and time.perf_counter() < end):
+            while agreed(len(samples) < at_least or (len(samples) < per_round and time.perf_counter() < end)):
                 samples.append(time_us(cell.call, device))
             cell.round_us.append(samples)
 

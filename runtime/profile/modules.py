@@ -12,12 +12,14 @@ from collections.abc import Iterable, Sequence
 from ultramem.runtime.profile.arithmetic import STAGES
 
 BETWEEN = "model"
+COLLECTIVES = "_c10d_functional"
+"""In the names of operators that talk to other ranks: they are the stage "exchange", whichever module calls them."""
 
 # A table is a layer's own or the model's, and its time is part of the lookup that calls it.
 TABLE = re.compile(r"(?:^|\.)table(?=\.|$)")
 # Where the stages are in the model: the module's path, behind any prefix that a wrapper adds.
 _STAGES = (
-    (re.compile(r"(?:^|\.)memories\.\d+\.(query|score|select|lookup|expand)(?=\.|$)"), None),
+    (re.compile(r"(?:^|\.)memories\.\d+\.(query|score|select|lookup|exchange|expand)(?=\.|$)"), None),
     (TABLE, "lookup"),
     (re.compile(r"(?:^|\.)blocks\.\d+\.(attention|mlp)(?=\.|$)"), None),
     (re.compile(r"(?:^|\.)head(?=\.|$)"), "head"),
@@ -25,7 +27,7 @@ _STAGES = (
 )
 _MODULE = re.compile(
     r"(?:^|\.)(embedding|norm|head|blocks\.\d+\.(?:attention|mlp)(?:_norm)?"
-    r"|memories\.\d+(?:\.(?:query|score|select|lookup|expand))?)(?=\.|$)"
+    r"|memories\.\d+(?:\.(?:query|score|select|lookup|exchange|expand))?)(?=\.|$)"
 )
 _INDEXED = re.compile(r"\[['\"]?(\w+)['\"]?\]")
 

@@ -11,6 +11,7 @@ import torch
 from ultramem.config import to_dict
 from ultramem.counts import count
 from ultramem.graph import Transformer
+from ultramem.graph.sharded_table import shard_of
 from ultramem.machine import Machine, measure_machine
 from ultramem.runtime.profile.arithmetic import modules_of_stages
 from ultramem.runtime.profile.measure import (
@@ -176,7 +177,7 @@ def make_settings(
 def describe_model(model: Transformer, name: str) -> ProfiledModel:
     """Names and counts of the model."""
     counts = count(model.config)
-    weight = model.embedding.weight
+    weight, shard = model.embedding.weight, shard_of(model)
     return ProfiledModel(
         name=name,
         parameters=counts.total_with_embeddings,
@@ -184,6 +185,8 @@ def describe_model(model: Transformer, name: str) -> ProfiledModel:
         weight_bytes=counts.total_with_embeddings * weight.element_size(),
         dtype=str(weight.dtype).removeprefix("torch."),
         config=to_dict(model.config),
+        ranks=1 if shard is None else shard.ranks,
+        table_placement="whole" if shard is None else shard.placement,
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ultramem.machine import synchronize
 from ultramem.runtime.profile.compile_counts import compile_counts
+from ultramem.runtime.profile.in_step import agreed
 from ultramem.runtime.profile.measure import Engine, percentile
 from ultramem.runtime.profile.memory_watch import MemoryWatch
 from ultramem.runtime.profile.request_schema import Request
@@ -92,7 +93,7 @@ def measure_requests(
             before = compile_counts()
             requests: list[TimedRequest] = []
             end = time.perf_counter() + seconds_per_cell / rounds
-            while not requests or time.perf_counter() < end:
+            while agreed(not requests or time.perf_counter() < end):
                 requests.append(run_request(engine, prompt_BS, new_tokens=new_tokens, device=device))
             samples.rounds.append(requests)
             samples.recompiles += compile_counts().since(before).graphs

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from ultramem.graph import Transformer
+from ultramem.graph.sharded_table import shard_of
 from ultramem.machine import Machine
 from ultramem.runtime.profile.arithmetic import stage_costs
 from ultramem.runtime.profile.measure import Cell, percentile
@@ -28,12 +29,20 @@ Row = TypeVar("Row", StageRow, ModuleRow)
 def stage_arithmetic(model: Transformer, machine: Machine, settings: Settings) -> tuple[StageArithmetic, ...]:
     """Bytes, FLOPs and the shortest possible time of every stage, batch and phase."""
     found = []
+    shard = shard_of(model)
+    ranks, placement = (1, None) if shard is None else (shard.ranks, shard.placement)
     for batch in settings.batches:
         for phase in (PREFILL, DECODE):
             new, cached = (settings.prompt_tokens, 0) if phase == PREFILL else (1, settings.prompt_tokens)
             size = model.embedding.weight.element_size()
             for cost in stage_costs(
-                model.config, batch=batch, new_tokens=new, cached_tokens=cached, element_bytes=size
+                model.config,
+                batch=batch,
+                new_tokens=new,
+                cached_tokens=cached,
+                element_bytes=size,
+                ranks=ranks,
+                placement=placement,
             ):
                 memory_s = cost.total_bytes / machine.bytes_per_second
                 compute_s = cost.flops / machine.gemm_flops_per_second

@@ -13,10 +13,18 @@ from torch import Tensor, nn
 
 from ultramem.graph import Transformer
 from ultramem.graph.memory_layer import Lookup
+from ultramem.graph.sharded_table import ShardedValueTable
 from ultramem.graph.value_table import ValueTable
 from ultramem.runtime.profile.measure import Inputs
 from ultramem.runtime.profile.request_schema import RowUse
 from ultramem.runtime.profile.schema import DECODE, PREFILL
+
+
+def whole_shapes(table: ValueTable) -> list[tuple[int, ...]]:
+    """Of the values and the experts' input rows, whichever ranks hold them."""
+    if isinstance(table, ShardedValueTable):
+        return list(table.whole_shapes.values())
+    return [tuple(each.shape) for each in (table.values_NV, table.experts_NP) if each is not None]
 
 
 @torch.no_grad()
@@ -35,13 +43,13 @@ def rows_touched(model: Transformer, inputs: Inputs) -> list[RowUse]:
         assert isinstance(module, Lookup)
         _, addresses_THM, _, table = args
         indices_TK = module.virtual_indices(addresses_THM.flatten(1))
-        reads[table].append((indices_TK % table.values_NV.shape[0]).flatten())
+        reads[table].append((indices_TK % whole_shapes(table)[0][0]).flatten())
 
     def records(phase: str) -> list[RowUse]:
         found = []
         for table, rows in reads.items():
             every = torch.cat(rows)
-            tensors = (table.values_NV, table.experts_NP)
+            shapes = whole_shapes(table)
             found.append(
                 RowUse(
                     batch=inputs.prompt_BS.shape[0],
@@ -49,8 +57,8 @@ def rows_touched(model: Transformer, inputs: Inputs) -> list[RowUse]:
                     table=paths[table],
                     reads=every.numel(),
                     rows_touched=every.unique().numel(),
-                    table_rows=table.values_NV.shape[0],
-                    row_bytes=sum(each.shape[1] * each.element_size() for each in tensors if isinstance(each, Tensor)),
+                    table_rows=shapes[0][0],
+                    row_bytes=sum(columns for _, columns in shapes) * table.values_NV.element_size(),
                 )
             )
         reads.clear()

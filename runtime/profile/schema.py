@@ -29,6 +29,10 @@ class ProfiledModel:
     weight_bytes: int
     dtype: str
     config: dict[str, Any]
+    ranks: int = 1
+    """That have a part of the tables each and were measured together: times are the main rank's."""
+    table_placement: str = "whole"
+    """"rows" or "columns", where there are several ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,13 +8,23 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from ultramem.graph import memory_layer, memory_output, moe, transformer, value_table
+from ultramem.graph import (
+    memory_layer,
+    memory_output,
+    moe,
+    same_tokens_table,
+    sharded_table,
+    transformer,
+    value_table,
+)
 from ultramem.graph.coarse_keys import CoarseScore, CoarseSelect
 from ultramem.graph.fold_for_inference import FoldedScore
 from ultramem.graph.fold_values import ProjectedOutput
+from ultramem.ops import exchange
 from ultramem.runtime.profile.modules import in_order
 
 _LINEAR_STAGES = ("head",)
@@ -66,8 +76,8 @@ def _calls(call: str, code: Sequence[str], below: str) -> bool:
 
 @cache
 def _stage_sources() -> list[tuple[str, int, int, str]]:
-    """(file, first line, last line, stage) of the classes that are stages."""
-    classes = (
+    """(file, first line, last line, stage) of the classes, and of the file, that are stages."""
+    classes: tuple[tuple[Any, str], ...] = (
         (memory_layer.Query, "query"),
         (memory_layer.Score, "score"),
         (FoldedScore, "score"),
@@ -75,7 +85,10 @@ def _stage_sources() -> list[tuple[str, int, int, str]]:
         (memory_layer.Select, "select"),
         (CoarseSelect, "select"),
         (memory_layer.Lookup, "lookup"),
+        (exchange, "exchange"),
         (value_table.ValueTable, "lookup"),
+        (sharded_table.ShardedValueTable, "lookup"),
+        (same_tokens_table.SameTokensTable, "lookup"),
         (memory_output.Project, "expand"),
         (memory_output.GatedOutput, "expand"),
         (memory_output.NoOutput, "expand"),

@@ -8,6 +8,7 @@ from ultramem.export.onnx_session import OnnxModel
 from ultramem.graph import Transformer
 from ultramem.runtime.profile.eager_stages import eager_stages
 from ultramem.runtime.profile.inductor_stages import kernel_stages
+from ultramem.runtime.profile.in_step import agreed
 from ultramem.runtime.profile.measure import Cell, percentile
 from ultramem.runtime.profile.onnx_stages import StampedSessions, onnx_stages, open_stamped
 from ultramem.runtime.profile.opening import Opened
@@ -31,7 +32,7 @@ class StageTimer:
     def stages(self, cell: Cell) -> StageTimes:
         engine = self._opened.engine
         device = self._model.embedding.weight.device
-        repeats = max(10, min(REPEATS, int(1e6 * SECONDS / percentile(cell.samples_us, 0.5))))
+        repeats = agreed(max(10, min(REPEATS, int(1e6 * SECONDS / percentile(cell.samples_us, 0.5)))))
         if engine.name == "eager":
             # The engine's own model, which is not `model` but shares its weights.
             return eager_stages(getattr(engine, "model", self._model), cell, repeats=repeats, device=device)

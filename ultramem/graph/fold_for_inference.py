@@ -69,6 +69,6 @@ def fold_for_inference(model: Model, *, coarse_keys: bool | None = False, values
                 keys_2HRNK = layer.get_buffer("score.keys")
                 if coarse_keys or are_quicker_coarse(keys_2HRNK):
                     fold_coarse_keys(layer, layer.config, keys_2HRNK)
-            if values and has_foldable_values(layer.config) and isinstance(layer.table, ValueTable):
+            if values and has_foldable_values(layer.config) and type(layer.table) is ValueTable:
                 fold_values(layer, layer.config)
     return folded

@@ -9,6 +9,8 @@ lookup K is the number of slots, H*M.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F  # noqa: N812  # the name that everybody uses
 from torch import Tensor, nn
@@ -29,6 +31,13 @@ def _norm(config: MemoryConfig) -> nn.Module:
     if config.qk_norm == "rms":
         return nn.RMSNorm(config.rank_key_dim, eps=config.qk_norm_eps)
     return nn.LayerNorm(config.rank_key_dim, eps=config.qk_norm_eps, bias=False)
+
+
+class Begun(NamedTuple):
+    """A lookup whose rows are on their way, and the sum of the scores in each block [T,E], if these are wanted."""
+
+    departed: Departed
+    score_sums_TE: Tensor | None
 
 
 class Query(nn.Module):
@@ -160,10 +169,22 @@ class Lookup(nn.Module):
             self.has_experts or self.sums_scores or self.first_row is not None
         )
 
-    def forward(self, scores_THMC: Tensor, addresses_THM: Tensor, hidden_TD: Tensor, table: ValueTable) -> Pooled:
+    def forward(
+        self,
+        scores_THMC: Tensor,
+        addresses_THM: Tensor,
+        hidden_TD: Tensor,
+        table: ValueTable,
+        *,
+        begins: bool = False,
+    ) -> Pooled | Begun:
+        """Pooled rows; or, where it only `begins`, what a sharded table was asked for, while it is on its way."""
         indices_TK, scores_TKC, seed = self.slots(scores_THMC, addresses_THM, hidden_TD, table)
-        rows_TEV = table(indices_TK, scores_TKC, self.num_blocks, permutation_seed=seed)
-        return Pooled(rows_TEV, self._score_sums(indices_TK, scores_TKC) if self.sums_scores else None)
+        sums_TE = self._score_sums(indices_TK, scores_TKC) if self.sums_scores else None
+        if begins:
+            assert isinstance(table, ShardedValueTable)
+            return Begun(table.begin(indices_TK, scores_TKC, self.num_blocks, permutation_seed=seed), sums_TE)
+        return Pooled(table(indices_TK, scores_TKC, self.num_blocks, permutation_seed=seed), sums_TE)
 
     def slots(
         self, scores_THMC: Tensor, addresses_THM: Tensor, hidden_TD: Tensor, table: ValueTable
@@ -178,14 +199,6 @@ class Lookup(nn.Module):
             activation_TK = F.gelu(product_TK) if self.gelu else product_TK
             scores_TKC = scores_TKC * activation_TK.unsqueeze(-1)
         return indices_TK, scores_TKC, None
-
-    def begin(
-        self, scores_THMC: Tensor, addresses_THM: Tensor, hidden_TD: Tensor, table: ShardedValueTable
-    ) -> tuple[Departed, Tensor | None]:
-        """The first half of `forward`, while the rows of a sharded table are on their way; and the sums of scores."""
-        indices_TK, scores_TKC, seed = self.slots(scores_THMC, addresses_THM, hidden_TD, table)
-        departed = table.begin(indices_TK, scores_TKC, self.num_blocks, permutation_seed=seed)
-        return departed, self._score_sums(indices_TK, scores_TKC) if self.sums_scores else None
 
     def virtual_indices(self, addresses_TK: Tensor) -> Tensor:
         """`block * rows of the table + row`, as `ops.lookup_reduce` reads it, of logical addresses."""
@@ -202,6 +215,14 @@ class Lookup(nn.Module):
         block_E = torch.arange(self.num_blocks, device=indices_TK.device)
         member_TEK = (indices_TK // self.table_rows).unsqueeze(1) == block_E.view(1, -1, 1)
         return (member_TEK * scores_TKC.sum(-1).unsqueeze(1)).sum(-1)
+
+
+class Exchange(nn.Module):
+    """The wait for what a sharded table was asked for: a module of its own, for those who ask where time goes."""
+
+    def forward(self, departed: Departed, table: ShardedValueTable) -> Tensor:
+        """Pooled rows [T,E,V]."""
+        return table.arrive(departed)
 
 
 class UltraMemLayer(nn.Module):
@@ -227,6 +248,7 @@ class UltraMemLayer(nn.Module):
         self.select = Select(config)
         self.lookup = Lookup(config, index)
         self.table = make_table(config, shard) if own_table else None
+        self.exchange = None if shard is None else Exchange()
         self.expand = make_output(config)
         self.reset_parameters()
 
@@ -249,17 +271,16 @@ class UltraMemLayer(nn.Module):
         output_BSD: Tensor = self.expand(pooled, hidden_TD).view(hidden_BSD.shape)
         return output_BSD
 
-    def begin(
-        self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None, table: ShardedValueTable
-    ) -> tuple[Departed, Tensor | None]:
+    def begin(self, hidden_BSD: Tensor, past_conv_BDW: Tensor | None, table: ShardedValueTable) -> Begun:
         """The part of `forward` before the rows of a sharded table are needed; they travel until `finish`."""
         scores, addresses = self._selected(hidden_BSD, past_conv_BDW)
-        return self.lookup.begin(scores, addresses, hidden_BSD.flatten(0, 1), table)
+        begun: Begun = self.lookup(scores, addresses, hidden_BSD.flatten(0, 1), table, begins=True)
+        return begun
 
-    def finish(self, begun: tuple[Departed, Tensor | None], hidden_BSD: Tensor, table: ShardedValueTable) -> Tensor:
+    def finish(self, begun: Begun, hidden_BSD: Tensor, table: ShardedValueTable) -> Tensor:
         """The output of `forward`, after `begin` of the same input."""
-        departed, score_sums_TE = begun
-        pooled = Pooled(table.arrive(departed), score_sums_TE)
+        assert self.exchange is not None, "a layer of a sharded table knows of it"
+        pooled = Pooled(self.exchange(begun.departed, table), begun.score_sums_TE)
         output_BSD: Tensor = self.expand(pooled, hidden_BSD.flatten(0, 1)).view(hidden_BSD.shape)
         return output_BSD
 

@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ultramem import ops
 from ultramem.config import MemoryConfig
@@ -211,4 +211,15 @@ class ShardedValueTable(ValueTable):
 
 def make_table(config: MemoryConfig, shard: TableShard | None) -> ValueTable:
     """A table, or this process's part of one."""
-    return ValueTable(config) if shard is None else ShardedValueTable(config, shard)
+    if shard is None:
+        return ValueTable(config)
+    if shard.tokens == "own":
+        return ShardedValueTable(config, shard)
+    from ultramem.graph.same_tokens_table import SameTokensTable  # which is made of this one
+
+    return SameTokensTable(config, shard)
+
+
+def shard_of(model: nn.Module) -> TableShard | None:
+    """How a model's tables are spread over ranks; None: they are whole."""
+    return next((each.shard for each in model.modules() if isinstance(each, ShardedValueTable)), None)

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ultramem.graph.mapped_weights import map_weights
+
 _NAMES = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -74,22 +76,18 @@ def read_parts(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         ValueError: the file lacks a name, or has another shape under it.
     """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        found = set(file.keys())
-        for name, tensor in tensors.items():
-            if name not in found:
-                raise ValueError(f"{path} has no tensor {name}")
-            source = file.get_slice(name)
-            shape = tuple(source.get_shape())
-            if shape != tuple(tensor.shape):
-                raise ValueError(f"{path}: {name} is {shape}, expected {tuple(tensor.shape)}")
-            if tensor.ndim == 0:
-                tensor.copy_(file.get_tensor(name))
-                continue
-            for piece, source_place in _chunks(_local(tensor), _place(tensor), 1):
-                piece.copy_(source[source_place])
+    found = map_weights(path)  # mapped for reading, which costs no memory of the process's own
+    for name, tensor in tensors.items():
+        if name not in found:
+            raise ValueError(f"{path} has no tensor {name}")
+        source = found[name]
+        if source.shape != tensor.shape:
+            raise ValueError(f"{path}: {name} is {tuple(source.shape)}, expected {tuple(tensor.shape)}")
+        if tensor.ndim == 0:
+            tensor.copy_(source)
+            continue
+        for piece, place in _chunks(_local(tensor), _place(tensor), 1):
+            piece.copy_(source[place])
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:

@@ -34,14 +34,23 @@ class TableShard:
     """Placement by rows: whether rows travel, or what their owner pooled of them, which is less for few ranks."""
     exchange_dtype: torch.dtype | None = None
     """In which values and their gradients travel; None: that of the table."""
+    tokens: Literal["own", "same"] = "own"
+    """Whether each rank has tokens of its own, as in training, or all have the same, as where they generate together:
+    then nobody asks for rows, since each rank knows what is read of its part. "same" takes no gradients."""
 
     def __post_init__(self) -> None:
         if self.placement not in ("rows", "columns"):
             raise ValueError(f"placement must be rows or columns, got {self.placement!r}")
         if self.pool not in ("home", "owner"):
             raise ValueError(f"pool must be home or owner, got {self.pool!r}")
+        if self.tokens not in ("own", "same"):
+            raise ValueError(f"tokens must be own or same, got {self.tokens!r}")
         if self.mesh.ndim not in (1, 2):
             raise ValueError(f"mesh must have one dimension or two, got {self.mesh.ndim}")
+
+    def __deepcopy__(self, memo: dict[int, object]) -> TableShard:
+        """Itself: copies of a model talk to the same ranks."""
+        return self
 
     @property
     def ranks(self) -> int:

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ultramem.config import FORMAT_VERSION, ModelConfig, from_dict, to_dict
-from ultramem.graph.mapped_weights import map_weights
+from ultramem.graph.mapped_weights import map_weights, tensor_places
+from ultramem.graph.sharded_weights import read_parts
+from ultramem.graph.table_shard import TableShard
 from ultramem.graph.transformer import Transformer, build_model
 from ultramem.graph.value_table import ValueTable
 from ultramem.ops import expect_single_rows
@@ -80,6 +83,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     mmap: bool = False,
+    shard: TableShard | None = None,
 ) -> Transformer:
     """The trained model of a run, in eval mode.
 
@@ -90,12 +94,16 @@ def load(
         mmap: weights are pages of model.safetensors that are read when they are first touched, shared with other
             processes and never copied, so that a table may be larger than the memory that the process may have. Such
             a model is for inference: its weights take no gradients, and writing into one ends the process.
+        shard: the part of the value tables that this process holds; None: all of them. No more than that is read. With
+            `tokens="same"` the weights take no gradients.
 
     Raises:
         FileNotFoundError: the folder, its config or its weights are missing.
         ValueError: the config or the weights are damaged or do not belong together, or mapped weights are asked for on
-            another device or in another dtype than they have in the file.
+            another device, in another dtype than they have in the file, or in parts.
     """
+    if mmap and shard is not None:
+        raise ValueError("mmap must be False for a part of the tables, which is read from the file, got True")
     if mmap and torch.device(device or "cpu").type != "cpu":
         raise ValueError(f"device must be the CPU for weights that are mapped from a file, got {device}")
     folder = Path(run_or_folder)
@@ -103,21 +111,18 @@ def load(
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}: the run has not finished (train it with --resume)")
-    tensors = map_weights(path) if mmap else _read_weights(path, device)
-    model = build_model(config, device="meta")
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise ValueError(
-            f"{path} does not fit {folder / CONFIG_FILE}: {wrong[0]} is {found.get(wrong[0])}, "
-            f"expected {expected.get(wrong[0])} ({len(wrong)} tensors differ)"
-        )
-    if mmap:
-        _require_as_saved(tensors, dtype)
-    model.load_state_dict(tensors, assign=True)
+    if shard is None:
+        model = build_model(config, device="meta")
+        tensors = map_weights(path) if mmap else _read_weights(path, device)
+        _require_fits(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+        if mmap:
+            _require_as_saved(tensors, dtype)
+        model.load_state_dict(tensors, assign=True)
+    else:
+        model = _load_parts(config, path, shard, device, dtype)
+    is_trainable = not mmap and (shard is None or shard.tokens == "own")
     for parameter in model.parameters():
-        parameter.requires_grad_(not mmap)
+        parameter.requires_grad_(is_trainable)
     for module in model.modules():
         if isinstance(module, ValueTable):
             module.is_mapped = mmap
@@ -125,6 +130,40 @@ def load(
                 for rows_ND in module.parameters():
                     expect_single_rows(rows_ND)
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+def _load_parts(
+    config: ModelConfig,
+    path: Path,
+    shard: TableShard,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Transformer:
+    """The model with this process's parts of the tables, which alone are read."""
+    model = build_model(config, device="meta", shard=shard)
+    with path.open("rb") as file:
+        places = tensor_places(path, file)
+    _require_fits(model, {name: place.shape for name, place in places.items()}, path)
+    parts = {}
+    for name, tensor in model.state_dict().items():
+        saved = places[name].dtype
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        wanted = dtype if dtype is not None and saved.is_floating_point else saved
+        parts[name] = torch.empty(part.shape, dtype=wanted, device=device or "cpu")
+    model.load_state_dict(parts, assign=True)
+    read_parts(path, dict(model.state_dict()))
+    return model
+
+
+def _require_fits(model: Transformer, found: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Raise unless a file has the tensors of the model, and of their shapes."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise ValueError(
+            f"{path} does not fit {path.with_name(CONFIG_FILE)}: {wrong[0]} is {found.get(wrong[0])}, "
+            f"expected {expected.get(wrong[0])} ({len(wrong)} tensors differ)"
+        )
 
 
 def _read_weights(path: Path, device: torch.device | str | None) -> dict[str, Tensor]:

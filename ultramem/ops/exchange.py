@@ -56,14 +56,14 @@ def start(tensor: Tensor, way: Way) -> Flight:
     `receive[p]` from it.
     """
     sent = tensor.contiguous()
-    if sent.is_floating_point():
+    if _has_gradient(sent, way):
         sent = _Depart.apply(sent)
     return Flight(_launch(sent.detach(), way), sent, way)
 
 
 def arrive(flight: Flight) -> Tensor:
     """Wait for the exchange and return what came."""
-    if not flight.sent.is_floating_point():
+    if not _has_gradient(flight.sent, flight.way):
         return _wait(flight.coming)
     arrived: Tensor = _Arrive.apply(flight.coming, flight.sent, *flight.way)
     return arrived
@@ -72,6 +72,10 @@ def arrive(flight: Flight) -> Tensor:
 def exchange(tensor: Tensor, way: Way) -> Tensor:
     """Start and wait at once."""
     return arrive(start(tensor, way))
+
+
+def _has_gradient(tensor: Tensor, way: Way) -> bool:
+    return tensor.is_floating_point() and way.kind != ALL_REDUCE
 
 
 def _launch(tensor: Tensor, way: Way) -> Tensor:
