@@ -6,14 +6,17 @@ READY := $(VENV)/.ready
 KERNELS := $(VENV)/.kernels
 NATIVE := ultramem/ops/native
 DEMO_OUT ?= runs/demo
+DEMO_DISTRIBUTED_OUT ?= runs/demo_distributed
 
-.PHONY: help demo experiment test test-slow static static-check gpu gpu-dry-run tensorrt tensorrt-dry-run benchmarks lint format clean
+.PHONY: help demo demo-distributed experiment test test-slow test-faults static static-check gpu gpu-dry-run tensorrt tensorrt-dry-run benchmarks lint format clean
 
 help:
 	@echo "make demo    train, compare, export and profile a small model; ends with the path of an HTML report"
+	@echo "make demo-distributed  train on two ranks, kill one, resume; ends with the path of a page of the losses, two minutes"
 	@echo "make experiment  train and compare the families and the switches of UltraMem, two hours; writes docs/experiment"
 	@echo "make test    the tests"
 	@echo "make test-slow  the tests of over a minute"
+	@echo "make test-faults  the tests of lost, hanging and differing ranks and of their checkpoints, ten times in a row"
 	@echo "make static-check  compile the GPU kernels, count launches and bytes: fails where a figure is worse than committed"
 	@echo "make static  write those figures anew, and docs/static.md"
 	@echo "make gpu     tests and benchmarks on a GPU in nine minutes; needs torch, triton and pytest under PYTHON alone"
@@ -28,6 +31,9 @@ help:
 demo: $(KERNELS)
 	$(BIN)/python examples/demo.py --out $(DEMO_OUT)
 
+demo-distributed: $(KERNELS)
+	$(BIN)/python examples/demo_distributed.py --out $(DEMO_DISTRIBUTED_OUT)
+
 # Goes on where it was stopped.
 experiment: $(KERNELS)
 	$(BIN)/python examples/experiment.py --publish docs/experiment/raw
@@ -39,6 +45,9 @@ test: $(KERNELS)
 
 test-slow: $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+test-faults: $(KERNELS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --repeat 10 tests/distributed/test_faults.py tests/distributed/test_checkpoint.py
 
 # Three tools, one table: what ptxas makes of the kernels, launches of a layer, bytes that the kernels ask for.
 # The check compiles what changed since the table was made, and a sample of the rest; `make static` compiles everything.

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
@@ -91,7 +92,7 @@ class CheckpointWriter:
             shutil.rmtree(path, ignore_errors=True)
 
         self.ranks.on_main(prepare)
-        parts = async_save(dict(state), checkpoint_id=path, process_group=self.group)
+        parts = async_save(dict(state), checkpoint_id=path, process_group=self.group, async_stager=_Copies())
         assert isinstance(parts, Future)
         self.pending = self.thread.submit(self._finish, parts, path, step)
 
@@ -127,6 +128,21 @@ class CheckpointWriter:
         write_atomically(path.with_suffix(".json"), json.dumps(record, indent=2).encode() + b"\n")
         sync_folder(self.folder)
         keep_newest(self.folder, self.keep)
+
+
+class _Copies(BlockingAsyncStager):
+    """Copies of what a rank holds, on the CPU. (PyTorch's own stagers allocate a DTensor's part twice, torch 2.13.)"""
+
+    @torch.no_grad()
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {name: self._copy(tensor) for name, tensor in state_dict.items()}
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor.to("cpu", copy=True)
+        copy = tensor.detach()
+        copy._local_tensor = tensor.to_local().to("cpu", copy=True)
+        return copy
 
 
 @torch.no_grad()
@@ -192,7 +208,11 @@ class _FolderReader:
         return {name: tuple(entry.size) for name, entry in entries.items() if hasattr(entry, "size")}
 
     def fill(self, state: dict[str, Tensor]) -> None:
-        load_parts(state, checkpoint_id=self.path, no_dist=not dist.is_initialized())
+        try:
+            load_parts(state, checkpoint_id=self.path, no_dist=not dist.is_initialized())
+        except CheckpointException as error:
+            rank, (cause, _) = next(iter(error.failures.items()))
+            raise ValueError(f"checkpoint {self.path} is damaged: rank {rank}: {cause}") from error
 
 
 def start_states(optimizers: Sequence[torch.optim.Optimizer]) -> None:

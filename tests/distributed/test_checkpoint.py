@@ -3,6 +3,7 @@
 import resource
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from ultramem.graph.value_table import ValueTable
 from ultramem.runtime import train_step
 from ultramem.runtime.data import load_corpus
 from ultramem.runtime.distributed import ALONE, Ranks, ShardedLoss
+from ultramem.runtime.distributed.checkpoint import CheckpointWriter, load_newest, start_states, whole_state
 from ultramem.runtime.optimizers import make_optimizers
 from ultramem.runtime.run import RunFolder
 from ultramem.runtime.train import train
@@ -195,8 +197,6 @@ def test_the_layout_of_a_file_is_safetensors_own(tmp_path):
 
 
 def save_while_weights_change(folder, parallel):
-    from ultramem.runtime.distributed.checkpoint import CheckpointWriter, load_newest, whole_state
-
     model, ranks = cut_model(parallel, 0)
     writer = CheckpointWriter(Path(folder), "fingerprint", keep=1, ranks=ranks)
     write = FileSystemWriter.write_data
@@ -230,8 +230,6 @@ def test_steps_after_a_save_began_are_not_in_it(ranks, tmp_path, parallel):
 
 
 def error_of_a_failed_save(folder):
-    from ultramem.runtime.distributed.checkpoint import CheckpointWriter, whole_state
-
     model, ranks = cut_model(ROWS, 0)
     writer = CheckpointWriter(Path(folder), "fingerprint", keep=1, ranks=ranks)
     write = FileSystemWriter.write_data
@@ -258,8 +256,8 @@ def test_a_part_that_cannot_be_written_is_everybodys_error(ranks, tmp_path):
     assert not list(tmp_path.glob("*.json"))
 
 
-LARGE = replace(MODEL, memory=replace(MODEL.memory, knum=1024, value_dim=64))
-TABLE_BYTES = 1024**2 * 64 * 4
+LARGE = replace(MODEL, memory=replace(MODEL.memory, knum=512, value_dim=512))
+TABLE_BYTES = 512**2 * 512 * 4
 ALLOWANCE_BYTES = TABLE_BYTES * 7 // 8
 
 
@@ -285,36 +283,53 @@ def large_model(parallel):
     return build_model(LARGE, shard=ranks.table_shard()), ranks
 
 
-def all_that_is_done_with_a_table(folder):
-    from ultramem.runtime.distributed.checkpoint import CheckpointWriter, load_newest, whole_state
+def sum_of(model):
+    """Of the rows, a part at a time."""
+    return sum(rows.double().sum(dim=0) for rows in table_of(model).split(2**14))
 
+
+def check_reading(model, load):
+    expected = sum_of(model)
+    table_of(model).data.zero_()
+    load()
+    assert torch.equal(sum_of(model), expected)
+
+
+def all_that_is_done_with_a_table(folder):
     with allowance(ALLOWANCE_BYTES):
         with pytest.raises((RuntimeError, MemoryError)):
             build_model(LARGE)
         model, ranks = large_model(ROWS)
         writer = CheckpointWriter(Path(folder), "fingerprint", keep=1, ranks=ranks)
         optimizers = make_optimizers(model, replace(TRAIN, table_optimizer="row_adagrad"))
-        expected = float(table_of(model).double().sum())
+        start_states(optimizers)
         writer.save(1, whole_state(model, optimizers, {}))
         writer.wait()
         save_weights(model, Path(folder), ranks)
-        for load in (
-            lambda: load_newest(Path(folder), "fingerprint", model, optimizers, {}),
-            lambda: load_weights(model, Path(folder) / "model.safetensors"),
-        ):
-            table_of(model).data.zero_()
-            load()
-            assert float(table_of(model).double().sum()) == expected
-        del model, optimizers, load
-        columns, ranks = large_model(COLUMNS)
-        drawn = table_of(columns).double().sum(dim=0)
-        for load in (
-            lambda: load_newest(Path(folder), "fingerprint", columns, [], {}),
-            lambda: load_weights(columns, Path(folder) / "model.safetensors"),
-        ):
-            table_of(columns).data.zero_()
-            load()
-            torch.testing.assert_close(table_of(columns).double().sum(dim=0), drawn, rtol=0, atol=0)
+        check_reading(model, partial(load_newest, Path(folder), "fingerprint", model, optimizers, {}))
+        check_reading(model, partial(load_weights, model, Path(folder) / "model.safetensors"))
+        del model, optimizers
+        model, _ = large_model(COLUMNS)
+        check_reading(model, partial(load_newest, Path(folder), "fingerprint", model, [], {}))
+        check_reading(model, partial(load_weights, model, Path(folder) / "model.safetensors"))
+
+
+def error_of_a_damaged_part(folder):
+    model, ranks = cut_model(ROWS, 0)
+    writer = CheckpointWriter(Path(folder), "fingerprint", keep=1, ranks=ranks)
+    writer.save(1, whole_state(model, [], {}))
+    writer.wait()
+    ranks.on_main(lambda: (Path(folder) / "step-00000001/__1_0.distcp").write_bytes(b"something else"))
+    try:
+        load_newest(Path(folder), "fingerprint", model, [], {})
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_a_damaged_part_is_refused_by_all(ranks, tmp_path):
+    for error in ranks(2).run(error_of_a_damaged_part, str(tmp_path)):
+        assert error.startswith(f"checkpoint {tmp_path}/step-00000001 is damaged: rank ")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the size of a process under /proc")
