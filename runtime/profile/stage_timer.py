@@ -7,8 +7,8 @@ import torch
 from ultramem.export.onnx_session import OnnxModel
 from ultramem.graph import Transformer
 from ultramem.runtime.profile.eager_stages import eager_stages
-from ultramem.runtime.profile.inductor_stages import kernel_stages
 from ultramem.runtime.profile.in_step import agreed
+from ultramem.runtime.profile.inductor_stages import kernel_stages
 from ultramem.runtime.profile.measure import Cell, percentile
 from ultramem.runtime.profile.onnx_stages import StampedSessions, onnx_stages, open_stamped
 from ultramem.runtime.profile.opening import Opened
