@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ultramem.graph.mapped_weights import map_weights
+
 _NAMES = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -73,35 +75,27 @@ def read_parts(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         ValueError: the file lacks a name, or has another shape under it.
     """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        found = set(file.keys())
-        for name, tensor in tensors.items():
-            if name not in found:
-                raise ValueError(f"{path} has no tensor {name}")
-            source = file.get_slice(name)
-            shape = tuple(source.get_shape())
-            if shape != tuple(tensor.shape):
-                raise ValueError(f"{path}: {name} is {shape}, expected {tuple(tensor.shape)}")
-            if tensor.ndim == 0:
-                tensor.copy_(file.get_tensor(name))
-                continue
-            part = _part(tensor, every_copy=True)
-            assert part is not None
-            local, rows, columns = part
-            for first, last in _chunks(len(local), _bytes(local)):
-                piece = slice(rows.start + first, rows.start + last)
-                read = source[piece, columns] if tensor.ndim == 2 else source[piece]
-                _local(tensor)[first:last].copy_(read)
+    found = map_weights(path)
+    for name, tensor in tensors.items():
+        if name not in found:
+            raise ValueError(f"{path} has no tensor {name}")
+        source = found[name]
+        if source.shape != tensor.shape:
+            raise ValueError(f"{path}: {name} is {tuple(source.shape)}, expected {tuple(tensor.shape)}")
+        if tensor.ndim == 0:
+            tensor.copy_(source)
+            continue
+        part = _part(tensor, every_copy=True)
+        assert part is not None
+        local, rows, columns = part
+        for first, last in _chunks(len(local), _bytes(local)):
+            piece = slice(rows.start + first, rows.start + last)
+            _local(tensor)[first:last].copy_(source[piece, columns] if tensor.ndim == 2 else source[piece])
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a file."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no mapping
+    return {name: tuple(tensor.shape) for name, tensor in map_weights(path).items()}
 
 
 def _layout(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
