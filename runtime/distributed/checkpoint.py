@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -140,9 +140,9 @@ class _Copies(BlockingAsyncStager):
     def _copy(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
             return tensor.to("cpu", copy=True)
-        copy = tensor.detach()
+        copy: Any = tensor.detach()
         copy._local_tensor = tensor.to_local().to("cpu", copy=True)
-        return copy
+        return cast(Tensor, copy)
 
 
 @torch.no_grad()
