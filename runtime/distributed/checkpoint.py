@@ -142,7 +142,7 @@ class _Copies(BlockingAsyncStager):
             return tensor.to("cpu", copy=True)
         copy = cast(DTensor, tensor.detach())
         copy._local_tensor = tensor.to_local().to("cpu", copy=True)
-        return copy
+        return cast(Tensor, copy)
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def load_newest(
         Its step, or None if there is none.
 
     Raises:
-        ValueError: it is damaged, or was made under another configuration.
+        ValueError: it cannot be read, or was made under another configuration.
     """
     record = newest_record(folder, fingerprint)
     if record is None:
@@ -212,7 +212,7 @@ class _FolderReader:
             load_parts(state, checkpoint_id=self.path, no_dist=not dist.is_initialized())
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
-            raise ValueError(f"checkpoint {self.path} is damaged: rank {rank}: {cause}") from error
+            raise ValueError(f"checkpoint {self.path} cannot be read: rank {rank}: {cause}") from error
 
 
 def start_states(optimizers: Sequence[torch.optim.Optimizer]) -> None:

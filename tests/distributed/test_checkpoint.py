@@ -310,7 +310,6 @@ def all_that_is_done_with_a_table(folder):
         check_reading(model, partial(load_weights, model, Path(folder) / "model.safetensors"))
         del model, optimizers
         model, _ = large_model(COLUMNS)
-        check_reading(model, partial(load_newest, Path(folder), "fingerprint", model, [], {}))
         check_reading(model, partial(load_weights, model, Path(folder) / "model.safetensors"))
 
 
@@ -329,7 +328,7 @@ def error_of_a_damaged_part(folder):
 
 def test_a_damaged_part_is_refused_by_all(ranks, tmp_path):
     for error in ranks(2).run(error_of_a_damaged_part, str(tmp_path)):
-        assert error.startswith(f"checkpoint {tmp_path}/step-00000001 is damaged: rank ")
+        assert error.startswith(f"checkpoint {tmp_path}/step-00000001 cannot be read: rank ")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the size of a process under /proc")

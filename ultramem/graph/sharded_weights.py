@@ -92,10 +92,7 @@ def read_parts(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a file."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no mapping
+    return {name: tuple(tensor.shape) for name, tensor in map_weights(path).items()}
 
 
 def _layout(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
