@@ -33,7 +33,10 @@ from ultramem.ops.tucker_topk import tail_length
 
 MEMORY_STAGES = ("query", "score", "select", "lookup", "expand")
 EXCHANGE = "exchange"
-STAGES = (*MEMORY_STAGES[:-1], EXCHANGE, MEMORY_STAGES[-1], "attention", "mlp", "head", "other")
+STAGES = (*MEMORY_STAGES, "attention", "mlp", "head", "other")
+"""Of a model in one process."""
+ALL_STAGES = (*MEMORY_STAGES[:-1], EXCHANGE, *STAGES[len(MEMORY_STAGES) - 1 :])
+"""With the one that ranks add."""
 ADDRESS_BYTES = 8
 
 
@@ -69,8 +72,8 @@ def stage_costs(
     """Cost of one forward of `batch` sequences with `new_tokens` each after `cached_tokens`, stage by stage.
 
     A prefill is `new_tokens=S`; a decode step is `new_tokens=1, cached_tokens=P`. Stages that the model lacks are
-    left out; the order is that of `STAGES`. With a `placement` of tables, "rows" or "columns", it is what each of the
-    `ranks` does, all of them on the same tokens.
+    left out; the order is that of `ALL_STAGES`. With a `placement` of tables, "rows" or "columns", it is what each of
+    the `ranks` does, all of them on the same tokens.
     """
     costs = []
     if config.memory is not None:

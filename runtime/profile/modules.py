@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from ultramem.runtime.profile.arithmetic import STAGES
+from ultramem.runtime.profile.arithmetic import ALL_STAGES
 
 BETWEEN = "model"
 COLLECTIVES = "_c10d_functional"
@@ -65,4 +65,4 @@ def stage_of_module(module: str) -> str:
 
 def in_order(stages: Iterable[str]) -> tuple[str, ...]:
     """Each stage once, in the order in which the model runs them."""
-    return tuple(sorted(set(stages), key=STAGES.index))
+    return tuple(sorted(set(stages), key=ALL_STAGES.index))

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, TypeVar
 
-from ultramem.runtime.profile.arithmetic import STAGES
+from ultramem.runtime.profile.arithmetic import ALL_STAGES
 from ultramem.runtime.profile.measure import Cell, percentile
 from ultramem.runtime.profile.schema import ModuleRow, NodeRow, StageRow, StageTimes
 
@@ -80,7 +80,7 @@ def summarize(cell: Cell, method: str, turns: Sequence[Turn]) -> StageTimes:
     sum_us = faster_half([run.sum_us for run in by_speed])
     plain_us = faster_half([each for turn in turns for each in turn.plain_us])
     stage_times = _times(by_speed, len(kept), lambda node: node.stages)
-    order = sorted(stage_times, key=lambda stages: (len(stages) > 1, [STAGES.index(stage) for stage in stages]))
+    order = sorted(stage_times, key=lambda stages: (len(stages) > 1, [ALL_STAGES.index(stage) for stage in stages]))
     explained_us = sum(times.time_us for times in stage_times.values())
     rows = tuple(_stage_row(stages, stage_times[stages], order) for stages in order)
     return StageTimes(

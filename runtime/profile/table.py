@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from ultramem.runtime.profile.arithmetic import STAGES
+from ultramem.runtime.profile.arithmetic import ALL_STAGES
 from ultramem.runtime.profile.schema import DECODE, Profile, StageTimes
 from ultramem.runtime.profile.units import bytes_text, number_text, scaled_text, share_text, time_text
 
@@ -125,7 +125,7 @@ def latency_table(profile: Profile) -> Table:
 
 def stage_table(profile: Profile) -> Table:
     """Time by stage, a column for each stage; what compilers fused over several stages is one column."""
-    present = [stage for stage in STAGES if any((stage,) == row.stages for t in profile.stages for row in t.rows)]
+    present = [stage for stage in ALL_STAGES if any((stage,) == row.stages for t in profile.stages for row in t.rows)]
     table = _table(
         "Time by stage (instrumented forwards, what the instruments cost taken off; plain: forwards without them)",
         ("phase", "batch", "engine"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ultramem.runtime.profile.arithmetic import STAGES
+from ultramem.runtime.profile.arithmetic import ALL_STAGES
 from ultramem.runtime.profile.sums import SUM_TOLERANCE, adds_up
 from ultramem.runtime.profile.units import share_text, time_text
 from ultramem.runtime.report.charts import Segment, stacked_bars
@@ -33,7 +33,7 @@ def stage_section(sources: Sequence[Source]) -> str:
         f"{''.join(_stage_panel(sources, phase, batch) for batch in batches)}</div>"
         for phase in PHASES
     ]
-    present = [stage for stage in STAGES if any((stage,) == tuple(row["stages"]) for row in _all_rows(sources))]
+    present = [stage for stage in ALL_STAGES if any((stage,) == tuple(row["stages"]) for row in _all_rows(sources))]
     entries = [(stage_name((stage,)), f"var(--{stage})") for stage in present]
     if any(len(row["stages"]) > 1 for row in _all_rows(sources)):
         entries.append(("kernels fused over several stages", "fused"))
@@ -164,7 +164,7 @@ def _stage_table(source: Source, phase: str, batch: int) -> str:
         for place, row in enumerate(times["rows"])
     }
     keys = sorted(
-        {stages for _, stages in places}, key=lambda key: (len(key) > 1, [STAGES.index(stage) for stage in key])
+        {stages for _, stages in places}, key=lambda key: (len(key) > 1, [ALL_STAGES.index(stage) for stage in key])
     )
     rows = []
     for key in keys:
