@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ultramem.graph.table_shard import TableShard
+from ultramem.ops.parts import local_part
 
 _CHUNK_ELEMENTS = 2**22
 _DRAWN_AT_ONCE = 16  # normal numbers that PyTorch draws together on a CPU
@@ -66,8 +66,8 @@ def _as_dtensors(module: nn.Module, state: dict[str, Any], prefix: str, metadata
 def _to_local(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     for name in cast(Sharded, module).whole_shapes:
         tensor = state.get(prefix + name)
-        if isinstance(tensor, DTensor):
-            state[prefix + name] = tensor.to_local()
+        if tensor is not None:
+            state[prefix + name] = local_part(tensor)
 
 
 @torch.no_grad()

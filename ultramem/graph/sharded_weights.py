@@ -10,14 +10,17 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ultramem.graph.mapped_weights import map_weights
+from ultramem.ops.parts import is_dtensor, local_part
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _NAMES = {
     torch.int64: "I64",
@@ -50,7 +53,7 @@ def write_parts(path: Path, tensors: dict[str, Tensor], *, is_main: bool, wait: 
             file.truncate(len(header) + sum(_bytes(each) for each in tensors.values()))
     wait()
     for name, tensor in tensors.items():
-        if not (_writes(tensor) if isinstance(tensor, DTensor) else is_main):
+        if not (_writes(tensor) if is_dtensor(tensor) else is_main):
             continue
         local, place = _local(tensor), _place(tensor)
         width = tensor.element_size()
@@ -116,13 +119,17 @@ def _layout(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
 def _place(tensor: Tensor) -> tuple[slice, ...]:
     """Where in the whole tensor this rank's part lies."""
     local, offset = _local(tensor), (0,) * tensor.ndim
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
         _, offset = compute_local_shape_and_global_offset(tuple(tensor.shape), tensor.device_mesh, tensor.placements)
     return tuple(slice(first, first + size) for first, size in zip(offset, local.shape, strict=True))
 
 
 def _writes(tensor: DTensor) -> bool:
     """Whether this rank is the first of those that hold the same part."""
+    from torch.distributed.tensor import Replicate
+
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None
     copies = zip(coordinate, tensor.placements, strict=True)
@@ -130,7 +137,7 @@ def _writes(tensor: DTensor) -> bool:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return local_part(tensor) if is_dtensor(tensor) else tensor.detach()
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -6,12 +6,14 @@ Shapes: N rows, V value dim, P ranks that make up a whole table.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Placement = Literal["rows", "columns"]
 
@@ -98,6 +100,8 @@ class TableShard:
 
     def as_dtensor(self, local: Tensor, shape: tuple[int, ...], *, cut: bool = True) -> DTensor:
         """The whole tensor, of which `local` is this process's part (or, unless `cut`, a copy)."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
         placements: list[Replicate | Shard] = [Replicate()] * self.mesh.ndim
         if cut:
             placements[-1] = Shard(self.dimension)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ultramem.config import FORMAT_VERSION, ModelConfig, from_dict, to_dict
 from ultramem.graph.mapped_weights import map_weights, tensor_places
@@ -18,6 +17,7 @@ from ultramem.graph.table_shard import TableShard
 from ultramem.graph.transformer import Transformer, build_model
 from ultramem.graph.value_table import ValueTable
 from ultramem.ops import expect_single_rows
+from ultramem.ops.parts import local_part
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -147,7 +147,7 @@ def _load_parts(
     parts = {}
     for name, tensor in model.state_dict().items():
         saved = places[name].dtype
-        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        part = local_part(tensor)
         wanted = dtype if dtype is not None and saved.is_floating_point else saved
         parts[name] = torch.empty(part.shape, dtype=wanted, device=device or "cpu")
     model.load_state_dict(parts, assign=True)

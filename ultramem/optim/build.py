@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ultramem.graph import param_groups
 from ultramem.graph.value_table import ValueTable
+from ultramem.ops.parts import is_dtensor
 from ultramem.optim.lazy_adamw import LazyAdamW
 from ultramem.optim.row_adagrad import RowAdagrad
 from ultramem.optim.table_optimizer import TableOptimizer
@@ -78,5 +78,5 @@ def build_optimizers(
 
 def _without_mixture(group: dict[str, Any]) -> list[dict[str, Any]]:
     """The group, or two of its name: a fused update takes DTensors or plain tensors, and not both at once."""
-    parts = [[each for each in group["params"] if isinstance(each, DTensor) == cut] for cut in (False, True)]
+    parts = [[each for each in group["params"] if is_dtensor(each) == cut] for cut in (False, True)]
     return [{**group, "params": params} for params in parts if params]

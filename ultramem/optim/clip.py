@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from ultramem.ops.parts import is_dtensor
 from ultramem.optim.sparse_gradient import coalesced
 
 
@@ -38,7 +38,7 @@ def clip_grad_norm_(
     for parameter in parameters:
         if parameter.grad is None:
             continue
-        if isinstance(parameter.grad, DTensor):
+        if is_dtensor(parameter.grad):
             elements.append(parameter.grad.to_local())
         elif parameter.grad.layout == torch.sparse_coo:
             parameter.grad = coalesced(parameter.grad)
