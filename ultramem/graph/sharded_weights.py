@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +35,7 @@ _NAMES = {
 _CHUNK_BYTES = 64 * 2**20
 
 
+@torch.no_grad()
 def write_parts(path: Path, tensors: dict[str, Tensor], *, is_main: bool, wait: Callable[[], None]) -> None:
     """Write `path` together, whole or not at all.
 
@@ -52,22 +52,19 @@ def write_parts(path: Path, tensors: dict[str, Tensor], *, is_main: bool, wait: 
             file.write(header)
             file.truncate(len(header) + sum(_bytes(each) for each in tensors.values()))
     wait()
+    everything = torch.from_file(str(temporary), shared=True, size=temporary.stat().st_size, dtype=torch.uint8)
     for name, tensor in tensors.items():
-        if not (_writes(tensor) if is_dtensor(tensor) else is_main):
+        if not tensor.numel() or not (_writes(tensor) if is_dtensor(tensor) else is_main):
             continue
-        local, place = _local(tensor), _place(tensor)
-        width = tensor.element_size()
-        *outer, last = tensor.shape or (1,)
-        whole = np.memmap(temporary, np.uint8, "r+", len(header) + starts[name], (*outer, last * width))
-        *beside, inner = place or (slice(0, 1),)
-        in_bytes = slice(inner.start * width, inner.stop * width)
-        for piece, target in _chunks(local, (*beside, in_bytes) if beside else (in_bytes,), 1 if beside else width):
-            whole[target] = piece.cpu().contiguous().view(torch.uint8).numpy()
-        whole.flush()
+        begin = len(header) + starts[name]
+        whole = everything[begin : begin + _bytes(tensor)].view(tensor.dtype).view(tensor.shape)
+        for piece, place in _chunks(_local(tensor), _place(tensor)):
+            whole[place] = piece.cpu()
+    del everything
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     wait()
     if is_main:
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
         temporary.replace(path)
     wait()
 
@@ -89,7 +86,7 @@ def read_parts(path: Path, tensors: dict[str, Tensor]) -> None:
         if tensor.ndim == 0:
             tensor.copy_(source)
             continue
-        for piece, place in _chunks(_local(tensor), _place(tensor), 1):
+        for piece, place in _chunks(_local(tensor), _place(tensor)):
             piece.copy_(source[place])
 
 
@@ -144,17 +141,14 @@ def _bytes(tensor: Tensor) -> int:
     return math.prod(tensor.shape) * tensor.element_size()
 
 
-def _chunks(local: Tensor, place: tuple[slice, ...], scale: int) -> Iterator[tuple[Tensor, tuple[slice, ...]]]:
-    """A part in pieces of a few megabytes along its first dimension, each with its place in the whole.
-
-    `scale` is how many units of the first slice an element of that dimension takes.
-    """
+def _chunks(local: Tensor, place: tuple[slice, ...]) -> Iterator[tuple[Tensor, tuple[slice, ...]]]:
+    """A part in pieces of a few megabytes along its first dimension, each with its place in the whole."""
     if not local.ndim:
-        yield local.reshape(1), place
+        yield local, place
         return
     size = local.shape[0]
     step = max(1, _CHUNK_BYTES * size // max(_bytes(local), 1))
     for first in range(0, size, step):
         last = min(first + step, size)
         start = place[0].start
-        yield local[first:last], (slice(start + first * scale, start + last * scale), *place[1:])
+        yield local[first:last], (slice(start + first, start + last), *place[1:])
