@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
-from ultramem.runtime.profile.stages import Run, faster_half
+from ultramem.runtime.profile.stages import NodeTime, Run, faster_half
 
 
 def divided(timed: Sequence[Run], detailed: Sequence[Run]) -> list[Run]:
@@ -27,7 +27,7 @@ def divided(timed: Sequence[Run], detailed: Sequence[Run]) -> list[Run]:
     # A module whose nodes are all too short for the detailed instrument has none to divide among.
     paces = {module: time_us / detailed_us[module] for module, time_us in timed_us.items() if detailed_us[module]}
     rest = rest_us / (whole_us - sum(detailed_us.values()))
-    return [_at_pace(run, paces, rest, sum_us / whole_us, instrument_us) for run in detailed]
+    return [_at_pace(run, paces, rest, instrument_us) for run in detailed]
 
 
 def _module_times(runs: Sequence[Run], modules: Collection[str]) -> dict[str, float]:
@@ -42,15 +42,19 @@ def _module_times(runs: Sequence[Run], modules: Collection[str]) -> dict[str, fl
     return found
 
 
-def _at_pace(run: Run, paces: Mapping[str, float], rest: float, overall: float, instrument_us: float) -> Run:
-    nodes = tuple(
-        node._replace(
-            start_us=node.start_us * overall,
-            time_us=node.time_us * paces.get(node.modules[0], rest),
-            span_us=node.span_us * paces.get(node.modules[0], rest),
-        )
-        for node in run.nodes
-    )
+def _at_pace(run: Run, paces: Mapping[str, float], rest: float, instrument_us: float) -> Run:
+    moved: dict[int, NodeTime] = {}
+    end_us = moved_end_us = float("-inf")
+    for place, node in sorted(enumerate(run.nodes), key=lambda each: (each[1].start_us, -each[1].span_us)):
+        pace = paces.get(node.modules[0], rest)
+        if node.start_us >= end_us:  # after all before it, at a distance that has the pace of the rest
+            gap_us = node.start_us - max(end_us, 0.0)
+            start_us = max(moved_end_us, 0.0) + gap_us * rest
+            end_us, moved_end_us = node.start_us + node.span_us, start_us + node.span_us * pace
+        else:  # inside of another
+            start_us = moved_end_us - (end_us - node.start_us) * pace
+        moved[place] = node._replace(start_us=start_us, time_us=node.time_us * pace, span_us=node.span_us * pace)
+    nodes = tuple(moved[place] for place in range(len(run.nodes)))
     in_nodes_us = sum(node.time_us for node in run.nodes)
     sum_us = sum(node.time_us for node in nodes) + (run.sum_us - in_nodes_us) * rest
     return Run(sum_us + instrument_us, nodes, instrument_us)

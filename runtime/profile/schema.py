@@ -216,7 +216,7 @@ class StageTimes:
     turn_sum_ratios: tuple[float, ...]
     """The same of each turn of plain and instrumented forwards; none where there are no rows."""
     fastest_us: float
-    """Of the instrumented forward whose sum is the smallest: that sum."""
+    """Of the instrumented forward whose sum is the smallest: its wall time, instruments included, as nodes began."""
     max_abs_difference: float
     """Parity error of the engine, as in its `EngineRecord`."""
     rows: tuple[StageRow, ...]

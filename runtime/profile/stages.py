@@ -97,7 +97,7 @@ def summarize(cell: Cell, method: str, turns: Sequence[Turn]) -> StageTimes:
         turn_sum_ratios=tuple(
             faster_half([run.sum_us for run in turn.runs]) / faster_half(turn.plain_us) for turn in turns
         ),
-        fastest_us=by_speed[0].sum_us,
+        fastest_us=by_speed[0].wall_us,
         max_abs_difference=0.0,
         rows=rows,
         modules=_module_rows(by_speed, len(kept)),
