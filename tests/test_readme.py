@@ -20,7 +20,8 @@ def test_python_blocks_run(block):
 
 
 def test_commands_parse():
-    commands = re.findall(r"^(?:torchrun .* -m )?(ultramem .*)$", README, re.MULTILINE)
+    lines = README.replace("\\\n", " ")  # commands of several lines
+    commands = re.findall(r"^(?:torchrun .* -m )?(ultramem .*)$", lines, re.MULTILINE)
     assert len(commands) >= 6
     for command in commands:
         _build_parser().parse_args(shlex.split(command, comments=True)[1:])

@@ -1,5 +1,6 @@
 """Exports that choose candidates by coarse keys compute what eager does, and read fewer keys."""
 
+import pytest
 import torch
 from exported import CONFIG, DENSE, build
 from torch._inductor import config as inductor
@@ -43,6 +44,7 @@ def test_an_onnx_file_with_coarse_keys(tmp_path):
     assert tokens_of(open_engine("onnx", None, tmp_path / "out")) == tokens_of(EagerEngine(model))
 
 
+@pytest.mark.slow
 def test_a_package_with_coarse_keys(tmp_path):
     model = build(CONFIG)
     with inductor.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):

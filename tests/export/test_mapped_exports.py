@@ -31,6 +31,7 @@ def assert_it_computes_what_eager_does(run, model):
         torch.testing.assert_close(run(inputs)[0], FlatModel(model)(*inputs)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_aot_inductor_maps_its_weights_for_reading(tmp_path):
     model = quantize_tables(build(LARGE), 8)
     export_aoti({"model": capture(model)}, tmp_path, external_bytes=0)

@@ -43,7 +43,8 @@ def test_lookup_dot(tokens, dtype):
         assert_rounded(dots, expected, dtype)
 
 
-# Rows of a lazy optimiser and their updates belong to training; models with experts are refused by the exporters.
+# Rows of a lazy optimiser and their updates belong to training, as routes between ranks do, whose exports need none;
+# models with experts are refused by the exporters.
 NOT_EXPORTED = {
     "lookup_reduce_lazy",
     "lookup_dot_lazy",
@@ -53,6 +54,8 @@ NOT_EXPORTED = {
     "adamw_segments_",
     "adagrad_segments_",
     "sort_slots",
+    "route_rows",
+    "route_own",
 }
 
 
