@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ultramem.graph import Transformer
 from ultramem.graph.memory_layer import UltraMemLayer
 from ultramem.graph.sharded_table import ShardedValueTable
 from ultramem.graph.value_table import ValueTable
+from ultramem.ops.parts import local_part
 from ultramem.runtime.data import IGNORE, Batch
 from ultramem.runtime.distributed import ALONE, Ranks
 
@@ -53,7 +53,7 @@ class MemoryHealth:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Go on from `state`."""
         for name, table in self.tables.items():
-            use_N, ever_N = (_local(tensors[f"{name}.{key}"]) for key in ("row_use_N", "ever_used_N"))
+            use_N, ever_N = (local_part(tensors[f"{name}.{key}"]) for key in ("row_use_N", "ever_used_N"))
             self.ever_used_N[name].copy_(ever_N)
             # The counts of all copies of a row add up.
             _row_use(table).copy_(use_N if self._copies(table).rank == 0 else torch.zeros_like(use_N))
@@ -149,10 +149,6 @@ class Group(NamedTuple):
         if self.group is not None and self.group.size() > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _row_use(table: ValueTable) -> Tensor:

@@ -14,6 +14,7 @@ import ultramem
 from ultramem.config import ModelConfig, TrainConfig, to_dict
 from ultramem.graph.weights import CONFIG_FILE, WEIGHTS_FILE, read_config, write_atomically, write_config
 from ultramem.runtime.data import Corpus
+from ultramem.runtime.distributed.agreement import flatten
 from ultramem.runtime.tokenizer import TOKENIZER_FILE
 
 
@@ -76,8 +77,8 @@ class RunFolder:
         if CONFIG_FILE in names:
             found = read_config(self.path)
             for section, fields in description.items():
-                for name, value in _flatten(fields).items():
-                    was = _flatten(found.get(section, {})).get(name)
+                for name, value in flatten(fields).items():
+                    was = flatten(found.get(section, {})).get(name)
                     if was != value:
                         raise ValueError(
                             f"resume: {section}.{name} must be {was!r} as in {self.path / CONFIG_FILE}, got {value!r}"
@@ -135,10 +136,3 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
     }
-
-
-def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from ultramem.graph.sharded_module import Part, parts_of
 from ultramem.graph.sharded_weights import read_parts, shapes_in
 from ultramem.graph.weights import write_atomically
+from ultramem.ops.parts import local_part
 from ultramem.runtime.checkpoint import ONE_FILE, PARTS, keep_newest, newest_record, sync_folder
 from ultramem.runtime.distributed.ranks import Ranks
 
@@ -177,7 +178,7 @@ def load_newest(
             prefix = f"optimizer.{names[id(parameter)]}/"
             loaded = {key: state[prefix + key] for key in tensors}
             if not isinstance(parameter, DTensor):  # a part of a cut table, whose state is plain too
-                loaded = {key: each.to_local() if isinstance(each, DTensor) else each for key, each in loaded.items()}
+                loaded = {key: local_part(each) for key, each in loaded.items()}
             optimizer.state[parameter] = loaded
     for name, tensor in others.items():
         tensor.copy_(state[f"other.{name}"])
