@@ -180,12 +180,13 @@ def timer_cost(device: torch.device) -> TimerCost:
         for _ in range(_COST_CALLS):
             module(None)
 
-    plain_us = []
-    for _ in range(_COST_REPEATS):
+    plain_us: list[float] = []
+    runs: list[Run] = []
+    for _ in range(_COST_REPEATS):  # in turns: a machine changes its speed
         start_ns = time.perf_counter_ns()
         call()
         plain_us.append((time.perf_counter_ns() - start_ns) / 1e3 / _COST_CALLS)
-    runs = _timed(model, call, _COST_REPEATS, device)
+        runs += _timed(model, call, 1, device)
     plain, whole = min(plain_us), min(run.wall_us / _COST_CALLS for run in runs)  # as undisturbed as they come
     inside = statistics.median(node.time_us for run in runs for node in run.nodes)
     return TimerCost(max(0.0, inside - plain), max(0.0, whole - plain))

@@ -124,7 +124,7 @@ def test_modules_take_what_timers_say_and_operators_their_share_of_it() -> None:
             20.0,
             (
                 node("model", 4.0),
-                node("blocks.0.mlp", 2.0, kind="module", start_us=4.0),
+                node("blocks.0.mlp", 2.0, kind="module", start_us=4.0)._replace(span_us=8.0),  # with its operator
                 node("blocks.0.mlp", 6.0, start_us=5.0),
                 node("head", 1.0, start_us=15.0),
             ),
@@ -134,7 +134,11 @@ def test_modules_take_what_timers_say_and_operators_their_share_of_it() -> None:
     assert (run.wall_us, run.instrument_us, run.sum_us) == (12.0, 2.0, 10.0)
     # 4 of 10 us are left for 11 of 20, 4 of them the operator between.
     assert [each.time_us for each in run.nodes] == pytest.approx([4 * 4 / 11, 1.0, 3.0, 2.0])
-    assert [each.start_us for each in run.nodes] == [0.0, 2.0, 2.5, 7.5]
+    # The operator starts 1 us into its module at a pace of 4/8, the head 3 us behind it at the pace of the rest.
+    first_us = 4 * 4 / 11
+    assert [each.start_us for each in run.nodes] == pytest.approx(
+        [0.0, first_us, first_us + 0.5, first_us + 4.0 + 3 * 4 / 11]
+    )
 
 
 def test_timers_count_the_modules_and_what_they_cost_is_taken_off() -> None:

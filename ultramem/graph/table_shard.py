@@ -41,6 +41,8 @@ class TableShard:
     then nobody asks for rows, since each rank knows what is read of its part. "same" takes no gradients."""
 
     def __post_init__(self) -> None:
+        import torch.distributed._functional_collectives  # noqa: F401  # registers the operators of exchanges
+
         if self.placement not in ("rows", "columns"):
             raise ValueError(f"placement must be rows or columns, got {self.placement!r}")
         if self.pool not in ("home", "owner"):

@@ -4,6 +4,9 @@ PyTorch's functional collectives wait at once where a compiler traces, so what s
 not run beside the exchange. Here the wait is an operator of its own, and the gradient travels the same way back: it is
 started where the rows arrived and awaited where they were sent.
 
+The operators are PyTorch's, registered by `torch.distributed._functional_collectives`. It takes a tenth of a second to
+import, so whoever has a group to exchange with imports it: `ultramem.graph.TableShard` does.
+
 Shapes: P ranks of the group, R elements of the first dimension.
 """
 
@@ -13,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed._functional_collectives  # registers the operators
 from torch import Tensor
 
 ALL_TO_ALL, ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all_to_all", "all_gather", "reduce_scatter", "all_reduce"
