@@ -464,7 +464,10 @@ def test_zipf_indices_are_in_range_and_have_hot_rows():
     assert len(torch.unique(indices // n)) == e
 
 
-@pytest.mark.parametrize("bare", [False, True], ids=["", "with torch, triton and pytest alone"])
+@pytest.mark.parametrize(
+    "bare",
+    [pytest.param(False, id="", marks=pytest.mark.slow), pytest.param(True, id="with torch, triton and pytest alone")],
+)
 def test_the_gpu_script_rehearses(tmp_path, bare):
     """A few rows of it here; CI runs `make gpu-dry-run`, which is all of them."""
     pytest.importorskip("triton")

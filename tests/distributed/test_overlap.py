@@ -51,7 +51,7 @@ def products_beside_exchanges(code) -> list[int]:
     return list(counts.values())
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "rows, each slot asked for"])
+@pytest.mark.parametrize("way", ["rows", "columns", pytest.param("rows, pooled at the owner", marks=pytest.mark.slow)])
 def test_the_skipped_layers_run_while_rows_travel(ranks, way):
     forward, backward = ranks(2).run(generated_code, WAYS[way])[0]
     beside = products_beside_exchanges(forward)

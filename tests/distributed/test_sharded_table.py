@@ -94,7 +94,10 @@ def test_losses_and_gradients_are_those_of_a_whole_table(ranks, family, way, siz
     ranks(size).run(check_gradients, FAMILIES[family], WAYS[way], sparse, False)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=pytest.mark.slow) if way == "rows, each slot asked for" else way for way in WAYS],
+)
 def test_compiled_in_one_graph(ranks, way):
     ranks(2).run(check_gradients, FAMILIES["ultramem"], WAYS[way], True, True)
 

@@ -23,6 +23,7 @@ print(torch.compile(lambda x: torch.ops.ultramem_test.scale(x) + 1, fullgraph=Tr
 """
 
 
+@pytest.mark.slow
 def test_an_edited_op_is_not_served_from_the_graph_cache(tmp_path: Path) -> None:
     pytest.importorskip("triton")  # without it torch hashes no kernels
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
