@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 import ultramem
 from ultramem.config import ModelConfig, TrainConfig, to_dict
 from ultramem.graph.weights import CONFIG_FILE, WEIGHTS_FILE, read_config, write_atomically, write_config
-from ultramem.runtime.data import Corpus
+from ultramem.runtime.data import Corpus, load_corpus
 from ultramem.runtime.distributed.agreement import flatten
-from ultramem.runtime.tokenizer import TOKENIZER_FILE
+from ultramem.runtime.tokenizer import TOKENIZER_FILE, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,20 @@ class RunFolder:
         ]
         write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
         return rows
+
+
+def corpus_of_run(folder: str | os.PathLike[str]) -> Corpus:
+    """The text that a run was trained on, in its tokens.
+
+    Raises:
+        FileNotFoundError: the run or its text is not there.
+        ValueError: the text has changed since.
+    """
+    data = read_config(Path(folder))["data"]
+    corpus = load_corpus(data["name"], tokenizer=load_tokenizer(Path(folder)))
+    if corpus.sha256 != data["sha256"]:
+        raise ValueError(f"data: {corpus.name} is not the text that {folder} was trained on (sha256 differs)")
+    return corpus
 
 
 def describe(model: ModelConfig, train: TrainConfig, corpus: Corpus) -> dict[str, dict[str, Any]]:

@@ -140,24 +140,20 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     from ultramem.graph.weights import load, read_config
     from ultramem.runtime.data import Documents, evaluation_batches, load_corpus
     from ultramem.runtime.evaluate import evaluate, make_summed_loss
+    from ultramem.runtime.run import corpus_of_run
     from ultramem.runtime.tokenizer import load_tokenizer
 
     model = load(args.run_folder)
-    document = read_config(args.run_folder)
-    config = from_dict(TrainConfig, document["train"])
+    config = from_dict(TrainConfig, read_config(args.run_folder)["train"])
     length = config.sequence_length if args.sequence_length is None else args.sequence_length
     if not 1 <= length <= model.config.max_positions:
         raise ValueError(f"sequence_length must be in 1..{model.config.max_positions}, got {length}")
     tokenizer = load_tokenizer(args.run_folder)
-    corpus = load_corpus(args.data or document["data"]["name"], tokenizer=tokenizer)
+    corpus = load_corpus(args.data, tokenizer=tokenizer) if args.data else corpus_of_run(args.run_folder)
     parts: dict[str, tuple[Documents, ...]]
     if args.data:
         parts = {"all": (corpus.train, corpus.held_out)}
     else:
-        if corpus.sha256 != document["data"]["sha256"]:
-            raise ValueError(
-                f"data: {corpus.name} is not the text that {args.run_folder} was trained on (sha256 differs)"
-            )
         parts = {"held_out": (corpus.held_out,), "out_of_domain": (corpus.out_of_domain,)}
     loss = make_summed_loss(model, compiled=args.compile)
     result: dict[str, Any] = {"run": str(args.run_folder), "data": corpus.name, "sequence_length": length}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ultramem.config import ModelConfig
+    from ultramem.runtime.plan.plan import Plan
 
 DEVICES = ("h100", "h200", "cpu")
 
@@ -18,7 +19,10 @@ DEVICES = ("h100", "h200", "cpu")
 def add_plan_command(command: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
     """Add it; `command(name, run, help)` makes its parser."""
     sub = command("plan", _plan, "Placement, bytes, memory and step time of sharded tables, by arithmetic.")
-    sub.add_argument("--preset", required=True, metavar="P", help="a model with memory layers")
+    model = sub.add_mutually_exclusive_group(required=True)
+    model.add_argument("--preset", metavar="P", help="a model with memory layers")
+    help_text = "a trained one; the rows that its lookups read twice are counted in batches of its text"
+    model.add_argument("--run", dest="run_folder", type=Path, metavar="RUN", help=help_text)
     sub.add_argument("--ranks", required=True, type=int, metavar="N", help="devices that train it")
     sub.add_argument("--device", default="h100", metavar="D", help=f"{', '.join(DEVICES)} (default: h100)")
     sub.add_argument(
@@ -27,7 +31,7 @@ def add_plan_command(command: Callable[[str, Any, str], argparse.ArgumentParser]
     sub.add_argument("--ranks-per-node", type=int, metavar="N", help="(default: 8, or 1 with device cpu)")
     sub.add_argument("--tokens-per-rank", type=int, metavar="N", help="of one forward and backward (default: 8192)")
     sub.add_argument("--accumulate", type=int, metavar="N", help="forwards and backwards of a step (default: 1)")
-    sub.add_argument("--sequence-length", type=int, metavar="N", help="(default: 2048)")
+    sub.add_argument("--sequence-length", type=int, metavar="N", help="(default: 2048, or a run's)")
     sub.add_argument("--dtype", metavar="T", help="of activations and on the wire: bf16 (default) or fp32")
     sub.add_argument("--placement", metavar="P", help="auto (default), rows, columns or replicate")
     sub.add_argument("--table-copies", type=int, metavar="N", help="of each cut table, as of one a node (default: 1)")
@@ -66,13 +70,15 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.device == "cpu":
         given.setdefault("ranks_per_node", 1)
-    options = PlanOptions(**given)
-    config = preset(args.preset)
-    if config.memory is None:
-        raise ValueError(f"preset must be a model with memory layers, got {args.preset!r}")
-    if args.rows is not None:
-        config = with_rows(config, args.rows)
-    plan = make_plan(args.preset, config, options, plan_device(args.device, options))
+    if args.run_folder is not None:
+        plan = _plan_of_run(args, given)
+    else:
+        options, config = PlanOptions(**given), preset(args.preset)
+        if config.memory is None:
+            raise ValueError(f"preset must be a model with memory layers, got {args.preset!r}")
+        if args.rows is not None:
+            config = with_rows(config, args.rows)
+        plan = make_plan(args.preset, config, options, plan_device(args.device, options))
     document = to_json(plan)
     if args.plot is not None:
         picture = figure_9(plan).encode()
@@ -83,6 +89,23 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
         if args.plot is not None:
             print(args.plot)
     return document
+
+
+def _plan_of_run(args: argparse.Namespace, given: dict[str, Any]) -> Plan:
+    from ultramem.runtime.plan.measured_rows import open_run
+    from ultramem.runtime.plan.options import PlanOptions
+    from ultramem.runtime.plan.plan import make_plan
+    from ultramem.runtime.plan.plan_devices import plan_device
+
+    for name in ("rows", "distinct_rows", "sequence_length"):
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(f"{name} must be left out with run, which has its own, got {value!r}")
+    run = open_run(args.run_folder)
+    options = PlanOptions(**given, sequence_length=run.train.sequence_length)
+    measured = run.measure(options.tokens_per_rank)
+    options = dataclasses.replace(options, distinct_rows=measured.distinct_rows)
+    name = args.run_folder.resolve().name
+    return make_plan(name, run.model.config, options, plan_device(args.device, options), measured)
 
 
 def with_rows(config: ModelConfig, text: str) -> ModelConfig:

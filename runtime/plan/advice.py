@@ -147,4 +147,9 @@ def _repeats(plan: Plan) -> str | None:
     every = rows_at_home(shape, plan.options.table_ranks, plan.options.wire)
     saved = 1 - plan.chosen.volume.total_bytes / every.total_bytes
     source = "as given" if plan.options.distinct_rows is not None else "for rows chosen by chance; text repeats more"
+    if (counted := plan.measured) is not None:
+        source = (
+            f"counted in {counted.batches} batches of {counted.text}: of {counted.reads:,} rows that a lookup reads, "
+            f"{counted.distinct_rows:,} are different"
+        )
     return f"Deduplication saves {share_text(saved)} of the bytes ({source})."

@@ -10,6 +10,7 @@ from ultramem.config import ModelConfig
 from ultramem.runtime.plan.choose_for_model import choose_for_model
 from ultramem.runtime.plan.exchange import Collective, Volume
 from ultramem.runtime.plan.exchange_memory import distinct_rows
+from ultramem.runtime.plan.measured_rows import MeasuredRows
 from ultramem.runtime.plan.memory import (
     MemoryPart,
     num_tables,
@@ -60,10 +61,25 @@ class Plan:
     placements: tuple[PlacementPlan, ...]
     chosen: PlacementPlan
     advice: tuple[str, ...]
+    measured: MeasuredRows | None = None
+    """Where `distinct_rows` was counted; None where it was given or is by chance."""
 
 
-def make_plan(name: str, config: ModelConfig, options: PlanOptions, device: PlanDevice) -> Plan:
+def make_plan(
+    name: str,
+    config: ModelConfig,
+    options: PlanOptions,
+    device: PlanDevice,
+    measured: MeasuredRows | None = None,
+) -> Plan:
     """Plan the training of `config` on `options.ranks` devices.
+
+    Args:
+        name: of the model.
+        config: its sizes.
+        options: how it is trained.
+        device: on what.
+        measured: where `options.distinct_rows` was counted, if it was.
 
     Raises:
         ValueError: the model has no table, a number does not fit it, or the placement asked for cannot be.
@@ -82,6 +98,7 @@ def make_plan(name: str, config: ModelConfig, options: PlanOptions, device: Plan
         placements=placements,
         chosen=_chosen(options, placements, choice),
         advice=(),
+        measured=measured,
     )
     return dataclasses.replace(plan, advice=advice_on(plan))
 
@@ -97,6 +114,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "options": dataclasses.asdict(plan.options),
         "device": dataclasses.asdict(plan.device),
         "distinct_rows": plan.distinct_rows,
+        "measured": None if plan.measured is None else plan.measured.to_json(),
         "placement": plan.chosen.volume.placement,
         "pooling": plan.chosen.volume.pooling,
         "reasons": list(plan.choice.reasons),

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 
-from ultramem import MemoryConfig, ModelConfig, ParallelConfig, TrainConfig
+from ultramem import MemoryConfig, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
 from ultramem.graph import build_model
 from ultramem.graph import weights as whole_weights
 from ultramem.graph.sharded_weights import write_parts
@@ -38,6 +38,7 @@ MODEL = ModelConfig(
     memory=MemoryConfig(hidden_size=32, num_layers=2, value_dim=16, key_dim=8, knum=7, top_m=4),
     insertions="1:2",
 )
+WITH_EXPERTS = replace(MODEL, moe=MoEConfig(num_experts=4))
 TRAIN = TrainConfig(
     steps=6,
     batch_size=4,
@@ -67,7 +68,7 @@ def make_ranks(parallel):
     return Ranks(rank=dist.get_rank(), size=size, device=torch.device("cpu"), mesh=mesh, parallel=parallel)
 
 
-def train_part(text, out, table_optimizer, parallel, until):
+def train_part(text, out, table_optimizer, parallel, until, model=MODEL):
     """Train, from the newest checkpoint if there is one, and lose all that came after step `until`'s checkpoint."""
     config = replace(TRAIN, table_optimizer=table_optimizer, parallel=parallel)
     read = train_step.training_batch
@@ -79,7 +80,7 @@ def train_part(text, out, table_optimizer, parallel, until):
 
     train_step.training_batch = training_batch
     try:
-        train(MODEL, config, load_corpus(text), Path(out), resume=True, ranks=make_ranks(parallel))
+        train(model, config, load_corpus(text), Path(out), resume=True, ranks=make_ranks(parallel))
     except PulledThePlugError:
         pass
     finally:
@@ -99,15 +100,15 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_run(ranks, text, tmp_path_factory):
-    """The folder of a run of one process that nothing happens to, by the optimiser of its tables."""
+    """The folder of a run of one process that nothing happens to, by the optimiser of its tables and its model."""
     folders = {}
 
-    def folder(table_optimizer):
-        if table_optimizer not in folders:
-            out = tmp_path_factory.mktemp("whole") / "run"
-            ranks(1).run(train_part, text, str(out), table_optimizer, ALL_WHOLE, TRAIN.steps)
-            folders[table_optimizer] = out
-        return folders[table_optimizer]
+    def folder(table_optimizer, model=MODEL):
+        key = table_optimizer, model
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("whole") / "run"
+            ranks(1).run(train_part, text, str(folders[key]), table_optimizer, ALL_WHOLE, TRAIN.steps, model)
+        return folders[key]
 
     return folder
 
@@ -124,14 +125,18 @@ def whole_run(ranks, text, tmp_path_factory):
         ("lazy_adamw", (4, COLUMNS), (2, ROWS)),
         ("lazy_adamw", (2, replace(ROWS, dense="fsdp")), (2, ALL_WHOLE)),
         ("adamw", (1, ALL_WHOLE), (2, replace(COLUMNS, dense="fsdp"))),
+        ("lazy_adamw", (2, replace(ROWS, expert_parallel=True)), (1, ALL_WHOLE)),
+        ("adamw", (2, ROWS), (4, replace(ROWS, expert_parallel=True))),
+        ("lazy_adamw", (2, replace(ROWS, expert_parallel=True, dense="fsdp")), (2, COLUMNS)),
     ],
 )
 def test_a_run_goes_on_under_other_ranks(ranks, whole_run, text, tmp_path, table_optimizer, before, after):
     out = tmp_path / "run"
+    model = WITH_EXPERTS if before[1].expert_parallel or after[1].expert_parallel else MODEL
     for (size, parallel), until in ((before, 3), (after, TRAIN.steps)):
-        ranks(size).run(train_part, text, str(out), table_optimizer, parallel, until)
+        ranks(size).run(train_part, text, str(out), table_optimizer, parallel, until, model)
         assert (out / f"checkpoints/step-{until:08d}.json").is_file()
-    expected, found = rows_of(whole_run(table_optimizer)), rows_of(out)
+    expected, found = rows_of(whole_run(table_optimizer, model)), rows_of(out)
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for ours, theirs in zip(found, expected, strict=True):
         for name in ("loss", "grad_norm", "eval_loss"):
@@ -139,7 +144,7 @@ def test_a_run_goes_on_under_other_ranks(ranks, whole_run, text, tmp_path, table
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (theirs["step"], name)
         for name in ("reads", "used_lately", "used_ever"):  # counts that a checkpoint carries too
             assert ours.get(name) == theirs.get(name)
-    ours, theirs = (whole_weights.load(each).state_dict() for each in (out, whole_run(table_optimizer)))
+    ours, theirs = (whole_weights.load(each).state_dict() for each in (out, whole_run(table_optimizer, model)))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
