@@ -123,7 +123,16 @@ def profile(
                     max_samples=decode_steps,
                     device=device,
                 )
-                latency += [latency_of(cell, arithmetic, machine, settings) for cell in turn]
+                latency += [
+                    latency_of(
+                        cell,
+                        arithmetic,
+                        machine,
+                        settings,
+                        max_abs_difference=agreements[cell.engine].max_abs_difference,
+                    )
+                    for cell in turn
+                ]
                 for timer, cell in zip(timers, turn, strict=True):
                     times = timer.stages(cell)
                     difference = agreements[cell.engine].max_abs_difference
@@ -206,7 +215,13 @@ def _requests(
         device=device,
     )
     return [
-        request_record(each.engine.name, inputs.prompt_BS, samples, launches_per_step=times.launches or None)
+        request_record(
+            each.engine.name,
+            inputs.prompt_BS,
+            samples,
+            launches_per_step=times.launches or None,
+            max_abs_difference=times.max_abs_difference,
+        )
         for each, samples, times in zip(opened, found, decode_times, strict=True)
     ]
 

@@ -42,6 +42,8 @@ class Request:
     """Pages that a request mapped without reading from the disk."""
     major_faults: int
     """Pages that it read from the disk: of a mapped table that is not in memory."""
+    max_abs_difference: float
+    """Parity error of the engine, as in its `EngineRecord`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

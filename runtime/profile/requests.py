@@ -104,7 +104,12 @@ def measure_requests(
 
 
 def request_record(
-    engine: str, prompt_BS: Tensor, samples: RequestSamples, *, launches_per_step: int | None
+    engine: str,
+    prompt_BS: Tensor,
+    samples: RequestSamples,
+    *,
+    launches_per_step: int | None,
+    max_abs_difference: float,
 ) -> Request:
     """The figures of one engine at one batch."""
     timed = [request for requests in samples.rounds for request in requests]
@@ -135,4 +140,5 @@ def request_record(
         memory_method=watch.method,
         minor_faults=watch.minor_faults,
         major_faults=watch.major_faults,
+        max_abs_difference=max_abs_difference,
     )

@@ -58,8 +58,15 @@ def stage_arithmetic(model: Transformer, machine: Machine, settings: Settings) -
     return tuple(found)
 
 
-def latency_of(cell: Cell, arithmetic: Sequence[StageArithmetic], machine: Machine, settings: Settings) -> Latency:
-    """Percentiles of a cell, and its shares of the measured roofs."""
+def latency_of(
+    cell: Cell,
+    arithmetic: Sequence[StageArithmetic],
+    machine: Machine,
+    settings: Settings,
+    *,
+    max_abs_difference: float,
+) -> Latency:
+    """Percentiles of a cell, its shares of the measured roofs, and the engine's parity error."""
     samples = cell.samples_us
     p50_us = percentile(samples, 0.5)
     rounds = {share: tuple(percentile(round_us, share) for round_us in cell.round_us) for share in (0.5, 0.9, 0.99)}
@@ -84,6 +91,7 @@ def latency_of(cell: Cell, arithmetic: Sequence[StageArithmetic], machine: Machi
         tokens_per_second=cell.batch * new / p50_us * 1e6,
         bandwidth_share=sum(cost.total_bytes for cost in costs) / p50_us * 1e6 / machine.bytes_per_second,
         compute_share=sum(cost.flops for cost in costs) / p50_us * 1e6 / machine.gemm_flops_per_second,
+        max_abs_difference=max_abs_difference,
     )
 
 

@@ -10,7 +10,7 @@ from ultramem.machine import Machine
 from ultramem.runtime.profile.request_schema import Request, RowUse
 from ultramem.runtime.versioned_document import check_version, plain
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 KIND = "ultramem-profile"
 
 PREFILL = "prefill"
@@ -109,6 +109,8 @@ class Latency:
     """Bytes by arithmetic / p50 / measured bandwidth. Above 1 where caches hold the weights."""
     compute_share: float
     """FLOPs by arithmetic / p50 / measured GEMM rate."""
+    max_abs_difference: float
+    """Parity error of the engine, as in its `EngineRecord`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -74,7 +74,7 @@ def request_table(profile: Profile) -> Table:
         ("batch", "engine"),
         (
             "first token", "per token", "gap p50", "gap p90", "gap p99", "tokens/s", "launches", "recompiles",
-            "memory", "faults", "from disk",
+            "memory", "faults", "from disk", "largest difference",
         ),
     )  # fmt: skip
     before = None
@@ -92,6 +92,7 @@ def request_table(profile: Profile) -> Table:
             _bytes_or_dash(row.memory_bytes),
             f"{row.minor_faults:,}",
             f"{row.major_faults:,}",
+            f"{row.max_abs_difference:.2g}",
         )
     return table
 
@@ -101,7 +102,7 @@ def latency_table(profile: Profile) -> Table:
     table = _table(
         "Latency per forward",
         ("phase", "batch", "engine"),
-        ("p50", "p90", "p99", "p50 of each round", "tokens/s", "of bandwidth", "of GEMM rate"),
+        ("p50", "p90", "p99", "p50 of each round", "tokens/s", "of bandwidth", "of GEMM rate", "largest difference"),
     )
     before = None
     for row in profile.latency:
@@ -119,6 +120,7 @@ def latency_table(profile: Profile) -> Table:
             number_text(row.tokens_per_second),
             share_text(row.bandwidth_share),
             share_text(row.compute_share),
+            f"{row.max_abs_difference:.2g}",
         )
     return table
 

@@ -117,10 +117,11 @@ def _latency_table(source: Source) -> str:
                 Cell(text=number_text(row["tokens_per_second"]), path=f"{here}/tokens_per_second"),
                 Cell(text=share_text(row["bandwidth_share"]), path=f"{here}/bandwidth_share"),
                 Cell(text=share_text(row["compute_share"]), path=f"{here}/compute_share"),
+                Cell(text=f"{row['max_abs_difference']:.2g}", path=f"{here}/max_abs_difference"),
             ]
         )
     headings = (
         "engine", "phase", "batch", "p50", "p90", "p99", "p50 of each round", "samples", "tokens/s",
-        "of bandwidth", "of GEMM rate",
+        "of bandwidth", "of GEMM rate", "largest difference",
     )  # fmt: skip
     return table(headings, rows, group_starts=starts)

@@ -105,11 +105,12 @@ def _request_table(source: Source, *, is_named: bool) -> str:
                 _count(row, "minor_faults", here),
                 _count(row, "major_faults", here),
                 _count(row, "requests", here),
+                Cell(text=f"{row['max_abs_difference']:.2g}", path=f"{here}/max_abs_difference"),
             ]
         )
     headings = (
         "engine", "batch", "first token", "its p90", "per token", "gap p50", "gap p90", "gap p99", "tokens/s",
-        "launches per step", "recompiles", "memory", "page faults", "from disk", "requests",
+        "launches per step", "recompiles", "memory", "page faults", "from disk", "requests", "largest difference",
     )  # fmt: skip
     title = f"<h3>{escape(source.name)}</h3>" if is_named else ""
     return title + table(headings, rows, group_starts=starts)

@@ -62,7 +62,7 @@ def make_document(name: str = "a<b>&c") -> dict[str, Any]:
                     "round_ttft_us": [9 * tpot_us], "round_tpot_us": [tpot_us],
                     "launches_per_step": None if place else 321, "recompiles": place,
                     "memory_bytes": 1_234_567 if place else None, "memory_method": "VmHWM", "minor_faults": 12_345,
-                    "major_faults": 0,
+                    "major_faults": 0, "max_abs_difference": 3.8e-6 * place,
                 }
             )  # fmt: skip
         for phase in ("prefill", "decode"):
@@ -78,6 +78,7 @@ def make_document(name: str = "a<b>&c") -> dict[str, Any]:
                         "round_p50_us": [0.97 * p50_us, 1.06 * p50_us], "round_p90_us": [1.11 * p50_us],
                         "round_p99_us": [3.7 * p50_us],
                         "tokens_per_second": batch / p50_us * 1e6, "bandwidth_share": 0.0876, "compute_share": 0.123,
+                        "max_abs_difference": 3.8e-6 * place,
                     }
                 )  # fmt: skip
                 rows = [stage_row([stage], 0.1 * p50_us) for stage in STAGES]
@@ -115,7 +116,7 @@ def make_document(name: str = "a<b>&c") -> dict[str, Any]:
                 )  # fmt: skip
     return {
         "kind": "ultramem-profile",
-        "format_version": 3,
+        "format_version": 4,
         "created": "2026-01-02T03:04:05+00:00",
         "model": {
             "name": name, "parameters": 3_971_904, "flops_per_token": 4_300_000, "weight_bytes": 15_887_616,

@@ -63,14 +63,14 @@ def test_the_figures_of_a_request() -> None:
     )
     with MemoryWatch() as samples.watch:
         pass
-    record = request_record("eager", torch.zeros(4, 7), samples, launches_per_step=9)
+    record = request_record("eager", torch.zeros(4, 7), samples, launches_per_step=9, max_abs_difference=2e-6)
     assert (record.batch, record.prompt_tokens, record.new_tokens, record.requests, record.gaps) == (4, 7, 3, 3, 6)
     assert (record.ttft_us, record.tpot_us) == (120.0, 15.0)
     assert (record.gap_p50_us, record.gap_p90_us) == (15.0, 30.0)
     assert record.round_ttft_us == (110.0, 200.0)
     assert record.round_tpot_us == (22.5, 10.0)
     assert record.tokens_per_second == pytest.approx(4 * 3 / 180e-6)
-    assert (record.recompiles, record.launches_per_step) == (2, 9)
+    assert (record.recompiles, record.launches_per_step, record.max_abs_difference) == (2, 9, 2e-6)
 
 
 def test_requests_take_turns() -> None:
