@@ -1,23 +1,27 @@
-"""Write docs/scaling.md and docs/scaling.svg, by arithmetic: no figure there is typed by hand.
+"""Write docs/scaling.md and docs/scaling.svg, by arithmetic and from docs/deduplication.json.
 
 python docs/make_scaling.py
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+from ultramem.config import ModelConfig, from_dict
 from ultramem.presets import preset
-from ultramem.runtime.plan import PAPER_WIRE, LookupShape, Wire, equal_value_dim, lookup_shape
+from ultramem.runtime.plan import PAPER_WIRE, LookupShape, Wire, equal_value_dim, lookup_shape, rows_at_home
 from ultramem.runtime.plan.figure_9 import crossing_ranks, figure_9
 from ultramem.runtime.plan.options import PlanOptions
 from ultramem.runtime.plan.plan import Plan, make_plan
 from ultramem.runtime.plan.plan_devices import LINK_SOURCE, plan_device
-from ultramem.runtime.profile.units import bytes_text, number_text, time_text
+from ultramem.runtime.profile.units import bytes_text, number_text, share_text, time_text
 
 DOCS = Path(__file__).resolve().parent
 NAME, DEVICE = "ultramem-1.6b-x12", "h100"
 RANKS = (8, 64, 256, 1024)
+DEDUPLICATED_RANKS = 8
 
 
 def plan_for(ranks: int) -> Plan:
@@ -50,9 +54,9 @@ def page() -> str:
     plans = {ranks: plan_for(ranks) for ranks in RANKS}
     return f"""# Tables over many ranks
 
-Written by `python docs/make_scaling.py`, by arithmetic alone; `ultramem plan` says the same of any preset, number of
-ranks and device. What is counted, and how, stands at the top of `volumes.py` (bytes), `memory.py`, `activations.py` and
-`step_time.py` in `runtime/plan`.
+Written by `python docs/make_scaling.py`, by arithmetic but for what text repeats; `ultramem plan` says the same of any
+preset, number of ranks and device. What is counted, and how, stands at the top of `volumes.py` (bytes), `memory.py`,
+`activations.py` and `step_time.py` in `runtime/plan`.
 
 ## Rows or columns: the paper's Figure 9
 
@@ -80,8 +84,13 @@ rows, LazyAdamW on float32 tables, one copy of each, FSDP2 for all else. "Sent" 
 Copies of all tables, with gradients and the optimiser's state, take {bytes_text(_replica_bytes(plans[64]))} a rank:
 more than an H100 or H200 has. Where columns do not divide by the ranks, rows are left, which few ranks best pool at the
 owner. Deduplication is counted for rows chosen by chance, which hardly repeat among {shape.table_rows:,};
-`--distinct-rows` takes what was seen. Eight ranks of 80 GB are too few for so many tokens each; the command says what
-would do. At 1024 no dimension of the keys divides by the ranks, so FSDP pads them, and dense weights take their time.
+`--distinct-rows` takes what was seen, and `--run` counts it (below). Eight ranks of 80 GB are too few for so many
+tokens each; the command says what would do. At 1024 no dimension of the keys divides by the ranks, so FSDP pads them,
+and dense weights take their time.
+
+## What deduplication saves on real text
+
+{_deduplication()}
 
 ## What a step takes at least
 
@@ -101,6 +110,49 @@ delivers nothing, of 8, 64 and 1024 ranks, and a dispatch mode counts what every
 (`tests/runtime/test_plan_exchange.py`). Memory of weights and optimisers is held to that of models after a step,
 activations to what autograd keeps. Times have been compared with nothing: no two GPUs were there.
 """
+
+
+def _deduplication() -> str:
+    found = json.loads((DOCS / "deduplication.json").read_text())
+    ranks, wire = DEDUPLICATED_RANKS, PlanOptions(ranks=DEDUPLICATED_RANKS).wire
+    trained = [
+        f"{run['run']} ({run['table_rows']:,} rows of {run['value_dim']} a table, {run['slots']} slots a token, "
+        f"{run['steps']} steps, {run['bits_per_byte']:.2f} bits per byte on held-out text)"
+        for run in found["runs"]
+    ]
+    lines = [
+        "| model | tokens a rank | rows read | different ones | by chance | sent once a slot | once a row | saved |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for run in found["runs"]:
+        for count in run["counts"]:
+            shape, rows, reads = _shape(run, count["tokens"]), count["distinct_rows"], count["reads"]
+            every = rows_at_home(shape, ranks, wire).total_bytes
+            once = rows_at_home(shape, ranks, wire, distinct_rows=rows).total_bytes
+            saved = share_text(1 - once / every)
+            lines.append(
+                f"| {run['run']} | {count['tokens']:,} | {reads:,} | {rows:,} ({share_text(rows / reads)}) "
+                f"| {count['by_chance']:,} | {bytes_text(every)} | {bytes_text(once)} | {saved} |"
+            )
+    batches = len(next(iter(found["runs"][0]["counts"][0]["lookups"].values())))
+    text = found["runs"][0]["counts"][0]["text"]
+    return f"""Models that were trained on the text "{text}", byte by byte:
+
+{chr(10).join(f"- {each}" for each in trained)}
+
+Rows are counted in {batches} batches drawn as training draws them (`python docs/measure_deduplication.py`), and the
+mean is over lookups and batches. Bytes are what a rank sends for one lookup on {ranks} ranks, forward and backward,
+rows pooled at home, bfloat16 on the wire.
+
+{chr(10).join(lines)}
+
+`ultramem plan --run RUN` does the same for a model of yours, and plans with it."""
+
+
+def _shape(run: dict[str, Any], tokens: int) -> LookupShape:
+    memory = from_dict(ModelConfig, run["model"]).memory
+    assert memory is not None
+    return lookup_shape(memory, tokens)
 
 
 def _before(ranks: int | None) -> str:

@@ -22,6 +22,11 @@ from ultramem.runtime.row_reads import noted_reads
 from ultramem.runtime.run import corpus_of_run
 
 
+_FORWARD_TOKENS = 8192
+"""Of one forward: a rank's batch may need more memory than a plan should."""
+_SEED = 1
+
+
 class LookupRows(NamedTuple):
     """Different rows that one memory layer's lookup read, in each batch."""
 
@@ -88,12 +93,11 @@ class TrainedRun(NamedTuple):
         reads = 0
         for number in range(batches):
             rows: dict[str, list[Tensor]] = defaultdict(list)
-            batch_size = max(1, min(tokens // length, _FORWARD_TOKENS // length))
             inputs_BS = training_batch(
                 self.stream, step=number, seed=_SEED, batch_size=tokens // length, sequence_length=length
             ).inputs_BS
             with torch.no_grad(), noted_reads(self.model) as noted:
-                for piece_BS in inputs_BS.split(batch_size):
+                for piece_BS in inputs_BS.split(max(1, _FORWARD_TOKENS // length)):
                     self.model(piece_BS)
                     for each in noted:
                         rows[each.lookup].append(each.rows_R)
@@ -106,11 +110,6 @@ class TrainedRun(NamedTuple):
             raise ValueError("run must have a model with memory layers, got one without")
         lookups = tuple(LookupRows(lookup, tuple(rows)) for lookup, rows in counts.items())
         return MeasuredRows(text=self.text, tokens=tokens, reads=reads, lookups=lookups)
-
-
-_FORWARD_TOKENS = 8192
-"""Of one forward: a rank's batch may need more memory than a plan should."""
-_SEED = 1
 
 
 def open_run(folder: str | os.PathLike[str]) -> TrainedRun:

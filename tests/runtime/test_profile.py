@@ -186,7 +186,7 @@ def test_json_is_versioned_and_comes_back_from_a_file(eager_profile: Profile) ->
     [
         ([], "kind 'ultramem-profile', got None"),
         ({"kind": "other"}, "kind 'ultramem-profile', got 'other'"),
-        ({"kind": "ultramem-profile", "format_version": 99}, "format_version 3, got 99"),
+        ({"kind": "ultramem-profile", "format_version": 99}, "format_version 4, got 99"),
     ],
 )
 def test_a_foreign_document_is_refused(document: Any, message: str) -> None:
