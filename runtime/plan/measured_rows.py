@@ -21,7 +21,6 @@ from ultramem.runtime.data import Stream, training_batch
 from ultramem.runtime.row_reads import noted_reads
 from ultramem.runtime.run import corpus_of_run
 
-
 _FORWARD_TOKENS = 8192
 """Of one forward: a rank's batch may need more memory than a plan should."""
 _SEED = 1
