@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ultramem.graph.sharded_weights import write_parts
 from ultramem.graph.weights import write_atomically
 
 ONE_FILE, PARTS = 1, 2
@@ -35,21 +36,23 @@ class Record(NamedTuple):
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerprint: str, *, keep: int) -> None:
     """Write the checkpoint of `step` and delete all but the newest `keep`."""
-    from safetensors.torch import save
-
     folder.mkdir(exist_ok=True)
-    data = save(tensors)
     path = folder / f"step-{step:08d}.safetensors"
+    write_parts(path, tensors)
     record = {
         "format_version": ONE_FILE,
         "step": step,
         "fingerprint": fingerprint,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": _sha256(path),
     }
-    write_atomically(path, data)
     write_atomically(path.with_suffix(".json"), json.dumps(record, indent=2).encode() + b"\n")
     sync_folder(folder)
     keep_newest(folder, keep)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def keep_newest(folder: Path, keep: int) -> None:
@@ -81,8 +84,7 @@ def newest_record(folder: Path, fingerprint: str) -> Record | None:
         step, version = int(record["step"]), record["format_version"]
         if version == ONE_FILE:
             digest, tensors = record["sha256"], path.with_suffix(".safetensors")
-            with tensors.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = _sha256(tensors)
         elif version == PARTS:
             tensors = path.with_suffix("")
             if not (tensors / ".metadata").is_file():

@@ -1,6 +1,6 @@
-"""One safetensors file, written and read by ranks that each hold a part: nobody ever has the whole of a table.
+"""One safetensors file, written and read by one process, or by ranks that each hold a part: nobody has a table twice.
 
-The ranks see the same file system.
+The file is mapped, so that what is written is no copy in memory. The ranks see the same file system.
 """
 
 from __future__ import annotations
@@ -36,21 +36,38 @@ _CHUNK_BYTES = 64 * 2**20
 
 
 @torch.no_grad()
-def write_parts(path: Path, tensors: dict[str, Tensor], *, is_main: bool, wait: Callable[[], None]) -> None:
-    """Write `path` together, whole or not at all.
+def write_parts(
+    path: Path, tensors: dict[str, Tensor], *, is_main: bool = True, wait: Callable[[], None] = lambda: None
+) -> None:
+    """Write `path` together, whole or not at all. With the defaults this process is alone.
 
     Args:
         path: of the file.
         tensors: by name, the same on all ranks: DTensors of which each rank holds a part, and tensors that all have.
         is_main: on one rank.
         wait: until all ranks have called it.
+
+    Raises:
+        OSError: the disk is full, or the file may not be written.
     """
     temporary = path.with_name(f".{path.name}.parts.tmp")
+    try:
+        _write_temporary(temporary, tensors, is_main=is_main, wait=wait)
+        if is_main:
+            temporary.replace(path)
+    finally:
+        if is_main:
+            temporary.unlink(missing_ok=True)
+    wait()
+
+
+def _write_temporary(temporary: Path, tensors: dict[str, Tensor], *, is_main: bool, wait: Callable[[], None]) -> None:
     header, starts = _layout(tensors)
     if is_main:
         with temporary.open("wb") as file:
             file.write(header)
-            file.truncate(len(header) + sum(_bytes(each) for each in tensors.values()))
+            file.flush()
+            _reserve(file.fileno(), len(header) + sum(_bytes(each) for each in tensors.values()))
     wait()
     everything = torch.from_file(str(temporary), shared=True, size=temporary.stat().st_size, dtype=torch.uint8)
     for name, tensor in tensors.items():
@@ -64,9 +81,14 @@ def write_parts(path: Path, tensors: dict[str, Tensor], *, is_main: bool, wait: 
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     wait()
-    if is_main:
-        temporary.replace(path)
-    wait()
+
+
+def _reserve(file: int, size: int) -> None:
+    """Make a file of `size` bytes for which there is room: writing to a mapped page that has none ends the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
 
 
 @torch.no_grad()

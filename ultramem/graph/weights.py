@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ultramem.config import FORMAT_VERSION, ModelConfig, from_dict, to_dict
 from ultramem.graph.mapped_weights import map_weights, tensor_places
-from ultramem.graph.sharded_weights import read_parts
+from ultramem.graph.sharded_weights import read_parts, write_parts
 from ultramem.graph.table_shard import TableShard
 from ultramem.graph.transformer import Transformer, build_model
 from ultramem.graph.value_table import ValueTable
@@ -71,10 +71,7 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 def save_weights(model: nn.Module, folder: Path) -> None:
     """Write model.safetensors."""
-    from safetensors.torch import save
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(folder / WEIGHTS_FILE, save(tensors))
+    write_parts(folder / WEIGHTS_FILE, dict(model.state_dict()))
 
 
 def load(
