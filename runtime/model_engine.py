@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ultramem.export.program import FlatModel, empty_state
 from ultramem.graph.fold_for_inference import fold_for_inference
+from ultramem.graph.side_stream import SideStream
 from ultramem.graph.static_cache import StaticCache
 from ultramem.graph.transformer import Transformer
 from ultramem.runtime.engine_cache import EngineCache, Room
@@ -48,9 +49,25 @@ class _ModelEngine(Engine):
 
 
 class EagerEngine(_ModelEngine):
-    """The model as it stands."""
+    """The model as it stands.
+
+    Args:
+        model: in eval mode.
+        beside: memory layers run beside the layers that they skip, on a stream of their own. For GPUs.
+
+    Raises:
+        ValueError: the model is in training mode, or `beside` is asked for on a CPU.
+    """
 
     name = "eager"
+
+    def __init__(self, model: Transformer, *, beside: bool = False) -> None:
+        super().__init__(model)
+        device = self.weight.device
+        if beside and device.type == "cpu":
+            raise ValueError("beside must be False on a CPU, which has no streams, got True")
+        if beside:
+            self.model.model.side_stream = SideStream.of(device)
 
     def _call(self, *inputs: Tensor) -> Sequence[Tensor]:
         return self.model(*inputs)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped

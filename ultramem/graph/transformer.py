@@ -21,6 +21,7 @@ from ultramem.graph.memory_layer import UltraMemLayer
 from ultramem.graph.moe import MoE, MoEOutput
 from ultramem.graph.sharded_moe import ShardedMoE
 from ultramem.graph.sharded_table import ShardedValueTable, make_table
+from ultramem.graph.side_stream import SideStream
 from ultramem.graph.static_cache import StaticCache
 from ultramem.graph.table_shard import TableShard
 from ultramem.ops import accumulation_dtype
@@ -136,6 +137,7 @@ class Transformer(nn.Module):
 
     Attributes:
         recomputes: in training, what attention and MLPs made on the way is not kept but made again in the backward.
+        side_stream: on which memory layers run beside the layers that they skip; None: before them.
 
     With a `shard`, this process holds a part of its value tables; with `experts`, some of the experts of a mixture.
     """
@@ -156,6 +158,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.recomputes = False
+        self.side_stream: SideStream | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -288,6 +291,9 @@ class Transformer(nn.Module):
         if isinstance(table, ShardedValueTable):
             begun = memory.begin(hidden_BSD, past_conv_BDW, table)
             return partial(memory.finish, begun, hidden_BSD, table)
+        if self.side_stream is not None:
+            remember = partial(memory, hidden_BSD, past_conv_BDW, table=self.table)
+            return self.side_stream.begin(remember, hidden_BSD, past_conv_BDW)
         output_BSD = memory(hidden_BSD, past_conv_BDW, table=self.table)
         return lambda: output_BSD
 
