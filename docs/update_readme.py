@@ -49,8 +49,8 @@ def demo_table(summary: dict[str, Any]) -> str:
     lines += [
         "",
         f"One run, seed {row['seed']}, on {machine['device']} with {machine['threads']} threads. Decode is the median "
-        f"of one step at batch 1; training includes compiling. Made by {_command(summary['engines'])}. "
-        + summary.get("note", ""),
+        f"of one step at batch 1; training includes compiling. Made by {_command(summary['engines'])}."
+        + (f" {summary['note']}" if "note" in summary else ""),
     ]
     return "\n".join(lines) + "\n"
 
