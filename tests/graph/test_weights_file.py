@@ -1,5 +1,6 @@
 """One writer of safetensors for weights and checkpoints: no second copy in memory, and the old file or the new one."""
 
+import os
 import resource
 import sys
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ import torch
 from mapped import data_bytes
 from safetensors.torch import load_file
 
-from ultramem.graph.sharded_weights import write_parts
+from ultramem.graph.sharded_weights import _reserve, write_parts
 from ultramem.runtime.checkpoint import newest_record, save_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of a process as Linux has them")
@@ -51,3 +52,9 @@ def test_a_disk_without_room_leaves_the_old_file(tmp_path):
         write_parts(path, {"table": torch.zeros(NUMBERS)})
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["weights"]
+
+
+def test_the_room_of_a_file_is_there_before_it_is_mapped(tmp_path):
+    with (tmp_path / "file").open("wb") as file:
+        _reserve(file.fileno(), 2**20)
+        assert os.fstat(file.fileno()).st_blocks * 512 >= 2**20  # a hole has none
