@@ -140,14 +140,19 @@ def _memory_costs(memory: MemoryConfig, layers: int, batch: int, new_tokens: int
     ]  # fmt: skip
 
 
+def select_flops(rank: int, side: int, top_m: int, cores: int, *, grids: int, grid_side: int) -> int:
+    """Of one token and head: `grids` of `grid_side` x `grid_side` candidates, of which `top_m` stay."""
+    candidates = grids * (2 * rank * rank * grid_side + 2 * rank * grid_side * grid_side)
+    return 4 * rank * side + candidates + top_m * cores * (2 * rank * rank + 2 * rank)
+
+
 def _select_flops(memory: MemoryConfig) -> int:
-    """Of one token and head."""
-    m, r, c = memory.top_m, memory.rank, memory.num_cores
-    if r == 1:
-        return m * m
-    grids, side = (1, m) if memory.candidates == "one_tailed" else (2, tail_length(m))
-    candidates = grids * (2 * r * r * side + 2 * r * side * side)
-    return 4 * r * memory.grid_side + candidates + m * c * (2 * r * r + 2 * r)
+    if memory.rank == 1:
+        return memory.top_m**2
+    grids, side = (1, memory.top_m) if memory.candidates == "one_tailed" else (2, tail_length(memory.top_m))
+    return select_flops(
+        memory.rank, memory.grid_side, memory.top_m, memory.num_cores, grids=grids, grid_side=side
+    )
 
 
 def _dense_costs(config: ModelConfig, batch: int, new_tokens: int, cached_tokens: int, size: int) -> list[StageCost]:

@@ -21,8 +21,10 @@ from torch import nn
 from ultramem.machine import synchronize
 from ultramem.runtime.profile.arithmetic import EXCHANGE
 from ultramem.runtime.profile.divided_runs import divided
+from ultramem.runtime.profile.eager_work import eager_work
 from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.modules import BETWEEN, COLLECTIVES, TABLE, module_of_path, stage_of_module, stage_of_path
+from ultramem.runtime.profile.operator_work import Work
 from ultramem.runtime.profile.profiled_calls import CALL, Span, profiled_spans
 from ultramem.runtime.profile.schema import StageTimes
 from ultramem.runtime.profile.stage_turns import stages_in_turns
@@ -51,12 +53,24 @@ def eager_stages(model: nn.Module, cell: Cell, *, repeats: int, device: torch.de
         timed = timed_runs(model, cell, count, device)
         return timed if device.type != "cpu" else divided(timed, eager_runs(_profiled(model, cell, count)))
 
-    return stages_in_turns(
-        cell, PROFILED if device.type == "cpu" else TIMED, instrumented, repeats=repeats, device=device
-    )
+    def work() -> dict[str, Work]:
+        if device.type != "cpu":
+            return {}
+        with _module_spans(model):
+            return eager_work(cell.call, lambda spans: eager_runs(spans)[0].nodes)
+
+    method = PROFILED if device.type == "cpu" else TIMED
+    return stages_in_turns(cell, method, instrumented, work, repeats=repeats, device=device)
 
 
 def _profiled(model: nn.Module, cell: Cell, repeats: int) -> list[Span]:
+    with _module_spans(model):
+        return profiled_spans(cell.call, repeats, unseen=True)
+
+
+def _module_spans(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """In here the profiler sees an event around each module that is a stage."""
+
     def wrapped(name: str, forward: Forward) -> Forward:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             # Takes a tenth of the time of torch.profiler.record_function.
@@ -65,8 +79,7 @@ def _profiled(model: nn.Module, cell: Cell, repeats: int) -> list[Span]:
 
         return recorded
 
-    with _around_modules(model, wrapped):
-        return profiled_spans(cell.call, repeats, unseen=True)
+    return _around_modules(model, wrapped)
 
 
 def eager_runs(spans: Iterable[Span]) -> list[Run]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from ultramem.runtime.profile.divided_runs import divided
 from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.modules import BETWEEN, module_of_path, module_of_stack, stage_of_module
 from ultramem.runtime.profile.onnx_stamps import DOMAIN, Interval, StampedRun, add_stamps, stamped_runs, stamps_of
+from ultramem.runtime.profile.onnx_work import NO_REPACKING, onnx_work
+from ultramem.runtime.profile.operator_work import Work
 from ultramem.runtime.profile.schema import StageTimes
 from ultramem.runtime.profile.stage_turns import NotSeparableError, stages_in_turns
 from ultramem.runtime.profile.stages import NodeTime, Run
@@ -44,28 +49,30 @@ class StampedSessions:
 
         self._library, self._engine = library, engine
         self._threads = engine.session.get_session_options().intra_op_num_threads
-        with tempfile.TemporaryDirectory() as folder:
-            optimized = Path(folder) / "optimized.onnx"
-            # The kernels of this package run its nodes where they do in the engine.
-            options = self._options(own_kernels=not engine.kernels.startswith("standard operators"))
-            # Fused nodes have names of their own: the graph that really runs says what they were made of.
-            options.optimized_model_filepath = str(optimized)
-            for entry, value in _WEIGHTS_OUTSIDE.items():
-                options.add_session_config_entry(f"session.optimized_model_external_initializers_{entry}", value)
-            onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
-            parts = stages_of_optimized_model(optimized)
-            exact = modules_of_file(model_path)
-            modules = {name: exact.get(name, module_of_path(part) or BETWEEN) for name, part in parts.items()}
-            self._detailed, places = self._stamped(optimized, None)
-            self.nodes = [node and (node.name, node.op_type, modules[node.name]) for node in places]
-            """Name, operator and module of each place; none of an input."""
-            ((_, _, run),) = self._stamps(self._detailed, cell, 1)
-            order = [each.place for each in run.intervals if self.nodes[each.place] is not None]
-            self.last_of_modules = [
-                place for place, after in itertools.pairwise(order) if self._named(place)[2] != self._named(after)[2]
-            ] + order[-1:]
-            """Places, in the order in which they run."""
-            self._coarse, _ = self._stamped(optimized, self.last_of_modules)
+        folder = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, folder)
+        self._optimized = optimized = Path(folder) / "optimized.onnx"
+        # The kernels of this package run its nodes where they do in the engine.
+        self._own_kernels = not engine.kernels.startswith("standard operators")
+        options = self._options(own_kernels=self._own_kernels)
+        # Fused nodes have names of their own: the graph that really runs says what they were made of.
+        options.optimized_model_filepath = str(optimized)
+        for entry, value in _WEIGHTS_OUTSIDE.items():
+            options.add_session_config_entry(f"session.optimized_model_external_initializers_{entry}", value)
+        onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+        parts = stages_of_optimized_model(optimized)
+        exact = modules_of_file(model_path)
+        modules = {name: exact.get(name, module_of_path(part) or BETWEEN) for name, part in parts.items()}
+        self._detailed, self._places = self._stamped(None)
+        self.nodes = [node and (node.name, node.op_type, modules[node.name]) for node in self._places]
+        """Name, operator and module of each place; none of an input."""
+        ((_, _, run),) = self._stamps(self._detailed, cell, 1)
+        order = [each.place for each in run.intervals if self.nodes[each.place] is not None]
+        self.last_of_modules = [
+            place for place, after in itertools.pairwise(order) if self._named(place)[2] != self._named(after)[2]
+        ] + order[-1:]
+        """Places, in the order in which they run."""
+        self._coarse, _ = self._stamped(self.last_of_modules)
 
     def runs(self, cell: Cell, repeats: int) -> list[Run]:
         return divided(self.coarse_runs(cell, repeats), self._runs(self._detailed, cell, repeats))
@@ -86,8 +93,7 @@ class StampedSessions:
     def _stamps(self, session: Any, cell: Cell, repeats: int) -> list[tuple[int, int, StampedRun]]:
         """Start and end of each forward, and its stamps, with `session` in the place of the engine's own."""
         walls_ns, stamps = [], []
-        plain, self._engine.session = self._engine.session, session
-        try:
+        with self._in_place(session):
             with stamps_of(self._library, _STAMPS_A_NODE * len(self.nodes)) as take:
                 for _ in range(_WARM_UP):
                     cell.call()
@@ -97,25 +103,45 @@ class StampedSessions:
                     cell.call()
                     walls_ns.append((start_ns, time.perf_counter_ns()))
                     stamps.append(take())
-        finally:
-            self._engine.session = plain
         return [(*wall, run) for wall, run in zip(walls_ns, stamped_runs(stamps), strict=True)]
 
-    def _stamped(self, optimized: Path, chosen: Sequence[int] | None) -> tuple[Any, list[Any]]:
+    @contextlib.contextmanager
+    def _in_place(self, session: Any) -> Iterator[None]:
+        """The engine runs `session` in here."""
+        plain, self._engine.session = self._engine.session, session
+        try:
+            yield
+        finally:
+            self._engine.session = plain
+
+    def work(self, cell: Cell) -> dict[str, Work]:
+        """Bytes and FLOPs of each node, by its name, from a forward under ONNX Runtime's profiler."""
+        options = self._options(own_kernels=self._own_kernels)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(self._optimized.with_name("work"))
+        options.add_session_config_entry(*NO_REPACKING)
+        session = self._session(self._optimized, options)
+        with self._in_place(session):
+            cell.call()
+        return onnx_work(Path(session.end_profiling()), [node for node in self._places if node is not None])
+
+    def _stamped(self, chosen: Sequence[int] | None) -> tuple[Any, list[Any]]:
         """A session of the optimized graph with stamps, and the node of each place."""
         import onnx
-        import onnxruntime
 
-        model = onnx.load(str(optimized), load_external_data=False)
+        model = onnx.load(str(self._optimized), load_external_data=False)
         places = add_stamps(model.graph, chosen)
         if all(each.domain != DOMAIN for each in model.opset_import):
             model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-        stamped = optimized.with_name("stamped.onnx")  # beside its weights
+        stamped = self._optimized.with_name("stamped.onnx")  # beside its weights
         onnx.save(model, str(stamped))
-        options = self._options(own_kernels=True)
+        return self._session(stamped, self._options(own_kernels=True)), places
+
+    def _session(self, optimized: Path, options: Any) -> Any:
+        import onnxruntime
+
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(str(stamped), options, providers=["CPUExecutionProvider"])
-        return session, places
+        return onnxruntime.InferenceSession(str(optimized), options, providers=["CPUExecutionProvider"])
 
     def _options(self, *, own_kernels: bool) -> Any:
         import onnxruntime
@@ -138,7 +164,14 @@ class StampedSessions:
 
 def onnx_stages(stamped: StampedSessions, cell: Cell, *, repeats: int, device: torch.device) -> StageTimes:
     """Stages of the cell, whose engine the sessions were made for."""
-    return stages_in_turns(cell, METHOD, lambda count: stamped.runs(cell, count), repeats=repeats, device=device)
+    return stages_in_turns(
+        cell,
+        METHOD,
+        lambda count: stamped.runs(cell, count),
+        lambda: stamped.work(cell),
+        repeats=repeats,
+        device=device,
+    )
 
 
 def open_stamped(model_path: Path, engine: OnnxModel, cell: Cell) -> StampedSessions | str:

@@ -6,10 +6,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 
+from ultramem.ops._registration import bodies_only
 from ultramem.runtime.profile.stages import faster_half
 
 CALL = "ultramem::call"
@@ -39,9 +41,8 @@ def profiled_spans(call: Callable[[], object], repeats: int, *, unseen: bool = F
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at the profiler's first start; it logs to stderr otherwise
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        if unseen:
-            torch.autograd.profiler._is_profiler_enabled = False  # the profiler itself sets it back at its end
+    ops = bodies_only() if unseen else nullcontext()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, ops:
         for _ in range(repeats):
             # torch.profiler.record_function adds 50 us of its own to the span.
             with torch._C._profiler._RecordFunctionFast(CALL):

@@ -17,13 +17,14 @@ from ultramem.runtime.profile.schema import (
     PREFILL,
     Latency,
     ModuleRow,
+    NodeRow,
     Settings,
     StageArithmetic,
     StageRow,
     StageTimes,
 )
 
-Row = TypeVar("Row", StageRow, ModuleRow)
+Row = TypeVar("Row", StageRow, ModuleRow, NodeRow)
 
 
 def stage_arithmetic(model: Transformer, machine: Machine, settings: Settings) -> tuple[StageArithmetic, ...]:
@@ -103,11 +104,16 @@ def with_roofs(
     modules_of_stages: Mapping[str, int],
     max_abs_difference: float,
 ) -> StageTimes:
-    """`times` with bytes, FLOPs and shares of the roofs of stages and modules, and the engine's parity error."""
+    """`times` with bytes and FLOPs of stages and modules, shares of the roofs, and the engine's parity error."""
     costs = _costs(times.batch, times.phase, arithmetic)
     rows = tuple(_row_with_roofs(row, costs, machine) for row in times.rows)
     modules = tuple(_module_with_roofs(row, costs, machine, modules_of_stages) for row in times.modules)
-    return dataclasses.replace(times, rows=rows, modules=modules, max_abs_difference=max_abs_difference)
+    nodes = tuple(_node_with_roofs(row, machine) for row in times.nodes)
+    return dataclasses.replace(times, rows=rows, modules=modules, nodes=nodes, max_abs_difference=max_abs_difference)
+
+
+def _node_with_roofs(row: NodeRow, machine: Machine) -> NodeRow:
+    return row if row.flops is None or row.bytes is None else _with_rates(row, row.flops, row.bytes, machine)
 
 
 def _module_with_roofs(
@@ -137,7 +143,7 @@ def _with_rates(row: Row, flops: int, size: int, machine: Machine) -> Row:
         row,
         flops=flops,
         bytes=size,
-        flops_per_byte=flops / size,
+        flops_per_byte=flops / size if size else None,
         bandwidth_share=size / seconds / machine.bytes_per_second if seconds else None,
         compute_share=flops / seconds / machine.gemm_flops_per_second if seconds else None,
     )

@@ -10,7 +10,7 @@ from ultramem.machine import Machine
 from ultramem.runtime.profile.request_schema import Request, RowUse
 from ultramem.runtime.versioned_document import check_version, plain
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 KIND = "ultramem-profile"
 
 PREFILL = "prefill"
@@ -191,6 +191,15 @@ class NodeRow:
     """Where it began in the fastest run, from the start of the forward."""
     fastest_span_us: float
     """How long it took there, with what it called."""
+    flops: int | None
+    """By the shapes of its operands (`ultramem.runtime.profile.operator_work`), as the bytes; None where the engine
+    does not tell them, and for a module's time outside its operators."""
+    bytes: int | None
+    flops_per_byte: float | None
+    """None too where it moves nothing."""
+    bandwidth_share: float | None
+    """Bytes / time / measured bandwidth: above 1 where caches hold its operands."""
+    compute_share: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from ultramem.runtime.profile.measure import Cell, time_us
+from ultramem.runtime.profile.operator_work import Work
 from ultramem.runtime.profile.schema import StageTimes
-from ultramem.runtime.profile.stages import Run, Turn, not_separable, summarize
+from ultramem.runtime.profile.stages import Run, Turn, not_separable, summarize, with_work
 
 TURNS = 5
 _SETTLING = 3
@@ -23,6 +24,7 @@ def stages_in_turns(
     cell: Cell,
     method: str,
     instrumented: Callable[[int], Sequence[Run]],
+    work: Callable[[], Mapping[str, Work]],
     *,
     repeats: int,
     device: torch.device,
@@ -33,6 +35,7 @@ def stages_in_turns(
         cell: what is timed plainly.
         method: how the stages are told apart.
         instrumented: as many instrumented forwards as it is told; raises `NotSeparableError` where it cannot.
+        work: that of each node, by its name; asked for after the last of them.
         repeats: of each kind, over all turns.
         device: where the work ends.
     """
@@ -46,4 +49,4 @@ def stages_in_turns(
             turns.append(Turn(plain_us, instrumented(each)))
         except NotSeparableError as error:
             return not_separable(cell, str(error))
-    return summarize(cell, method, turns)
+    return with_work(summarize(cell, method, turns), work())

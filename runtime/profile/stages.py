@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from ultramem.runtime.profile.arithmetic import ALL_STAGES
 from ultramem.runtime.profile.measure import Cell, percentile
+from ultramem.runtime.profile.operator_work import Work
 from ultramem.runtime.profile.schema import ModuleRow, NodeRow, StageRow, StageTimes
 
 Key = TypeVar("Key", bound=Hashable)
@@ -109,6 +111,14 @@ def summarize(cell: Cell, method: str, turns: Sequence[Turn]) -> StageTimes:
     )
 
 
+def with_work(times: StageTimes, work: Mapping[str, Work]) -> StageTimes:
+    """`times` with bytes and FLOPs of the nodes that have some, by name."""
+    nodes = tuple(
+        dataclasses.replace(row, **work[row.node]._asdict()) if row.node in work else row for row in times.nodes
+    )
+    return dataclasses.replace(times, nodes=nodes)
+
+
 def not_separable(cell: Cell, note: str) -> StageTimes:
     """The whole, and why it cannot be divided."""
     plain_us = percentile(cell.samples_us, 0.5)
@@ -191,6 +201,11 @@ def _node_rows(by_speed: Sequence[Run], kept: int) -> tuple[NodeRow, ...]:
             **times[name]._asdict(),
             fastest_start_us=node.start_us if name in in_fastest else by_speed[0].sum_us,
             fastest_span_us=node.span_us if name in in_fastest else 0.0,
+            flops=None,
+            bytes=None,
+            flops_per_byte=None,
+            bandwidth_share=None,
+            compute_share=None,
         )
         for name, node in first.items()
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,26 @@ class TraceableOp:
         return self.overload(*args)
 
 
+_bodies_only = False
+
+
+@contextmanager
+def bodies_only() -> Iterator[None]:
+    """Ops are their bodies for whoever traces or profiles in here too, where they record no gradient."""
+    global _bodies_only
+    before, _bodies_only = _bodies_only, True
+    try:
+        yield
+    finally:
+        _bodies_only = before
+
+
 def _is_unseen(args: tuple[Any, ...]) -> bool:
     records = torch.is_grad_enabled()
     for arg in args:
         if isinstance(arg, Tensor) and (type(arg) not in (Tensor, Parameter) or (records and arg.requires_grad)):
             return False
-    return not (
+    return _bodies_only or not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.maybe_current_level()
         or torch.autograd.profiler._is_profiler_enabled
