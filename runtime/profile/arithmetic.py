@@ -150,9 +150,7 @@ def _select_flops(memory: MemoryConfig) -> int:
     if memory.rank == 1:
         return memory.top_m**2
     grids, side = (1, memory.top_m) if memory.candidates == "one_tailed" else (2, tail_length(memory.top_m))
-    return select_flops(
-        memory.rank, memory.grid_side, memory.top_m, memory.num_cores, grids=grids, grid_side=side
-    )
+    return select_flops(memory.rank, memory.grid_side, memory.top_m, memory.num_cores, grids=grids, grid_side=side)
 
 
 def _dense_costs(config: ModelConfig, batch: int, new_tokens: int, cached_tokens: int, size: int) -> list[StageCost]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+FIGURES = ("kind", "modules", "fx_nodes", "p50_us", "p90_us", "p99_us", "flops", "bytes")
+"""Of a node, beside its event."""
+
 
 def chrome_trace(document: Mapping[str, Any]) -> dict[str, Any]:
     """The trace of a profile (a document of `to_json`)."""
@@ -29,7 +32,7 @@ def chrome_trace(document: Mapping[str, Any]) -> dict[str, Any]:
             for node in times["nodes"]:
                 if node["fastest_span_us"] == 0:  # it did not run in this one
                     continue
-                figures = {name: node[name] for name in ("kind", "modules", "fx_nodes", "p50_us", "p90_us", "p99_us")}
+                figures = {name: node[name] for name in FIGURES}
                 events.append(
                     _complete(
                         node["node"],

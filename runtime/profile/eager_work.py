@@ -47,9 +47,7 @@ class WorkSeen(TorchDispatchMode):
             return result
 
 
-def eager_work(
-    call: Callable[[], object], nodes_of: Callable[[Sequence[Span]], Sequence[NodeTime]]
-) -> dict[str, Work]:
+def eager_work(call: Callable[[], object], nodes_of: Callable[[Sequence[Span]], Sequence[NodeTime]]) -> dict[str, Work]:
     """Work of each node of a forward, by the node's name.
 
     Args:

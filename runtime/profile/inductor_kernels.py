@@ -16,6 +16,12 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from ultramem.runtime.profile.arithmetic import EXCHANGE, MEMORY_STAGES
+from ultramem.runtime.profile.inductor_work import (
+    DESCRIPTION,
+    DESCRIPTIONS,
+    described_kernels,
+    descriptions_tag,
+)
 from ultramem.runtime.profile.modules import COLLECTIVES, module_of_stack, stage_of_module
 from ultramem.runtime.profile.stack_traces import sources_tag, stages_of_traces
 
@@ -23,6 +29,8 @@ COMPILE_OPTIONS = {"trace.provenance_tracking_level": 2, "cpp.enable_kernel_prof
 """Inductor options under which a model must be compiled for its stages to be told apart."""
 
 _KERNEL_INFORMATION = "kernel_information.json"
+_KERNELS = "ultramem_kernels"
+"""Attribute of Inductor's object of a graph."""
 
 
 class Kernel(NamedTuple):
@@ -34,6 +42,8 @@ class Kernel(NamedTuple):
     """Empty where the graph that was compiled is not at hand."""
     fx_nodes: tuple[str, ...] = ()
     """Nodes of the captured graph."""
+    description: Mapping[str, Any] | None = None
+    """For `kernel_work`; None where the kernel was compiled without one."""
 
 
 @contextlib.contextmanager
@@ -47,10 +57,16 @@ def profiled_compilation() -> Iterator[None]:
     # elsewhere, or have other lines, by now.
     with (
         config.patch(COMPILE_OPTIONS),
-        compiler_config.patch(cache_key_tag=sources_tag()),  # type: ignore[attr-defined]  # installed at import
+        compiler_config.patch(cache_key_tag=_cache_tag()),  # type: ignore[attr-defined]  # installed at import
+        described_kernels(),
         _without_stack_traces(CppWrapperCpu),
     ):
         yield
+
+
+def _cache_tag() -> str:
+    """Graphs of the compiler's cache that have another are not taken: of other sources, or described in another way."""
+    return f"{sources_tag()} {descriptions_tag()}"
 
 
 @contextlib.contextmanager
@@ -99,7 +115,8 @@ def recorded_compilation() -> Iterator[list[list[Kernel]]]:
         # Runs for a graph from the cache as for a fresh one.
         traces = json.loads(getattr(self, "inductor_provenance_stack_traces_str", None) or "{}")
         mapping = json.loads(getattr(self, "inductor_provenance_mapping_str", None) or "{}")
-        graphs.append(_kernels(traces, _fx_nodes(mapping), modules))
+        graphs.append(_kernels(traces, _fx_nodes(mapping), modules, mapping.get(DESCRIPTIONS, {})))
+        setattr(self, _KERNELS, graphs[-1])
         original(self, *args, **kwargs)
 
     # Assigned by name, so that mypy accepts a method's replacement.
@@ -111,6 +128,11 @@ def recorded_compilation() -> Iterator[list[list[Kernel]]]:
     finally:
         setattr(CompiledFxGraph, "post_compile", original)  # noqa: B010
         setattr(compiler, "compile_fx", original_compile)  # noqa: B010
+
+
+def kernels_of(graph: Any) -> list[Kernel] | None:
+    """The kernels of a graph of torch.compile that was compiled in `recorded_compilation`; None of any other."""
+    return getattr(graph, _KERNELS, None)
 
 
 def packaged_kernels(package: Path, modules: Mapping[str, Mapping[str, str]] | None = None) -> list[list[Kernel]]:
@@ -130,6 +152,7 @@ def packaged_kernels(package: Path, modules: Mapping[str, Mapping[str, str]] | N
                         {key: entry["stack_traces"] for key, entry in information.items()},
                         {key: entry.get("pre_grad_nodes", ()) for key, entry in information.items()},
                         (modules or {}).get(name.split("/")[-2], {}),
+                        {key: entry.get(DESCRIPTION) for key, entry in information.items()},
                     )
                 )
     return graphs
@@ -157,6 +180,7 @@ def _kernels(
     traces: Mapping[str, Sequence[str]],
     fx_nodes: Mapping[str, Iterable[str]],
     modules: Mapping[str, str],
+    descriptions: Mapping[str, Mapping[str, Any] | None],
 ) -> list[Kernel]:
     """Kernels in launch order; keys are "name:number"."""
     kernels = []
@@ -165,7 +189,8 @@ def _kernels(
         stages = _kernel_stages_of(name, stages_of_traces(traces[key]))
         nodes = tuple(dict.fromkeys(fx_nodes.get(key, ())))
         own = [node for node in nodes if node in modules and stage_of_module(modules[node]) in stages]
-        kernels.append(Kernel(name, stages, tuple(dict.fromkeys(modules[node] for node in own)), nodes))
+        places = tuple(dict.fromkeys(modules[node] for node in own))
+        kernels.append(Kernel(name, stages, places, nodes, descriptions.get(key)))
     return kernels
 
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ultramem.runtime.profile.inductor_kernels import Kernel
+from ultramem.runtime.profile.inductor_kernels import Kernel, kernels_of
+from ultramem.runtime.profile.inductor_work import graph_calls, kernel_work
 from ultramem.runtime.profile.measure import Cell
+from ultramem.runtime.profile.operator_work import Work
 from ultramem.runtime.profile.profiled_calls import CALL, event_cost_us, profiled_spans
 from ultramem.runtime.profile.schema import StageTimes
 from ultramem.runtime.profile.stage_turns import NotSeparableError, stages_in_turns
@@ -32,7 +34,12 @@ def kernel_stages(cell: Cell, graphs: Sequence[Sequence[Kernel]], *, repeats: in
             cell, "compiled without COMPILE_OPTIONS: profile exports it so where there is no export yet"
         )
     return stages_in_turns(
-        cell, METHOD, lambda count: _kernel_runs(cell, graphs, count), repeats=repeats, device=device
+        cell,
+        METHOD,
+        lambda count: _kernel_runs(cell, graphs, count),
+        lambda: _kernel_work(cell, graphs),
+        repeats=repeats,
+        device=device,
     )
 
 
@@ -40,12 +47,10 @@ def _kernel_runs(cell: Cell, graphs: Sequence[Sequence[Kernel]], repeats: int) -
     event_us = event_cost_us()
     runs = []
     for call in _profiled_calls(cell, repeats):
-        kernels = next((graph for graph in graphs if _follows(call.kernels, graph)), None)
-        if kernels is None:
-            raise NotSeparableError("the kernels that ran are not, one for one, those of a compiled graph")
+        kernels = _graph_of(call, graphs)
         nodes = tuple(
             NodeTime(
-                f"{index} {kernel.name}",
+                _node_name(index, kernel),
                 kernel.name,
                 kernel.modules,
                 kernel.stages,
@@ -58,6 +63,26 @@ def _kernel_runs(cell: Cell, graphs: Sequence[Sequence[Kernel]], repeats: int) -
         )
         runs.append(Run(call.wall_us, nodes, event_us * call.events))
     return runs
+
+
+def _kernel_work(cell: Cell, graphs: Sequence[Sequence[Kernel]]) -> dict[str, Work]:
+    """Of the kernels that were described when they were compiled."""
+    calls = graph_calls(cell.call)
+    if len(calls) != 1:
+        return {}
+    (called,) = calls
+    # Graphs for one sequence and for several may have kernels of the same names.
+    kernels = kernels_of(called.graph) or _graph_of(_profiled_calls(cell, 1)[0], graphs)
+    works = {
+        _node_name(index, kernel): kernel_work(kernel.description, called.sizes)
+        for index, kernel in enumerate(kernels)
+        if kernel.description is not None
+    }
+    return {name: work for name, work in works.items() if work is not None}
+
+
+def _node_name(index: int, kernel: Kernel) -> str:
+    return f"{index} {kernel.name}"
 
 
 @dataclass(slots=True)
@@ -104,6 +129,13 @@ def _profiled_calls(cell: Cell, repeats: int) -> list[_Call]:
 def _is_kernel(name: str, *, in_graph: bool) -> bool:
     # Operators outside a compiled graph are the engine's own; AOTInductor has a name of its own for those in its graph.
     return name.startswith(("graph_", "cpp_fused", "aoti_torch_")) or (in_graph and "::" in name)
+
+
+def _graph_of(call: _Call, graphs: Sequence[Sequence[Kernel]]) -> Sequence[Kernel]:
+    kernels = next((graph for graph in graphs if _follows(call.kernels, graph)), None)
+    if kernels is None:
+        raise NotSeparableError("the kernels that ran are not, one for one, those of a compiled graph")
+    return kernels
 
 
 def _follows(events: Sequence[_Event], kernels: Sequence[Kernel]) -> bool:

@@ -93,16 +93,15 @@ class StampedSessions:
     def _stamps(self, session: Any, cell: Cell, repeats: int) -> list[tuple[int, int, StampedRun]]:
         """Start and end of each forward, and its stamps, with `session` in the place of the engine's own."""
         walls_ns, stamps = [], []
-        with self._in_place(session):
-            with stamps_of(self._library, _STAMPS_A_NODE * len(self.nodes)) as take:
-                for _ in range(_WARM_UP):
-                    cell.call()
-                for _ in range(repeats):
-                    take()
-                    start_ns = time.perf_counter_ns()
-                    cell.call()
-                    walls_ns.append((start_ns, time.perf_counter_ns()))
-                    stamps.append(take())
+        with self._in_place(session), stamps_of(self._library, _STAMPS_A_NODE * len(self.nodes)) as take:
+            for _ in range(_WARM_UP):
+                cell.call()
+            for _ in range(repeats):
+                take()
+                start_ns = time.perf_counter_ns()
+                cell.call()
+                walls_ns.append((start_ns, time.perf_counter_ns()))
+                stamps.append(take())
         return [(*wall, run) for wall, run in zip(walls_ns, stamped_runs(stamps), strict=True)]
 
     @contextlib.contextmanager

@@ -35,7 +35,7 @@ def onnx_work(profile: Path, nodes: Iterable[Any]) -> dict[str, Work]:
 
     Args:
         profile: the file that ONNX Runtime wrote of one run.
-        nodes: of the graph, as `onnx.NodeProto`. A loop's work is that of its turns; nodes in it have none of their own.
+        nodes: of the graph, as `onnx.NodeProto`. A loop's work is that of its turns.
     """
     graph = {node.name: node for node in nodes}
     events = _events(json.loads(profile.read_text()), graph)

@@ -157,7 +157,9 @@ def node_table(profile: Profile) -> Table:
     """The longest nodes of each engine's decode step at the smallest batch."""
     batch = min(profile.settings.batches)
     table = _table(
-        f"Longest nodes of a decode step, batch {batch}", ("engine", "module", "node"), ("calls", "p50", "p90", "p99")
+        f"Longest nodes of a decode step, batch {batch}",
+        ("engine", "module", "node"),
+        ("calls", "p50", "p90", "p99", "FLOPs", "bytes", "of bandwidth", "of GEMM rate"),
     )
     for times in profile.stages:
         if (times.phase, times.batch) != (DECODE, batch):
@@ -171,6 +173,10 @@ def node_table(profile: Profile) -> Table:
                 time_text(row.p50_us),
                 time_text(row.p90_us),
                 time_text(row.p99_us),
+                "-" if row.flops is None else scaled_text(row.flops, "FLOP"),
+                _bytes_or_dash(row.bytes),
+                "-" if row.bandwidth_share is None else share_text(row.bandwidth_share),
+                "-" if row.compute_share is None else share_text(row.compute_share),
             )
         table.add_section()
     return table

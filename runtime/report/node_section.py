@@ -21,13 +21,16 @@ def node_section(source: Source) -> str:
             title = f"{phase}, batch {batch}".capitalize()
             block = (
                 f"<h3>{escape(title)}, longest nodes</h3>{_node_table(source, phase, batch)}"
+                f"{details(f'{title}, work of all nodes together', _work_table(source, phase, batch))}"
                 f"{details(f'{title}, time by module', _module_table(source, phase, batch))}"
             )
             blocks.append(block if not blocks else details(f"{title}, nodes", block))
     note = (
         "A node is an operator or a generated kernel of the graph that really ran. Its modules are those it computes "
         "for, kept through every lowering; a kernel may be fused over several. Percentiles are over the instrumented "
-        "forwards. The difference is the engine's largest one from eager's logits."
+        "forwards. Bytes and FLOPs follow from the shapes of its operands: each is read or written once, of a table "
+        "the rows that are asked for; where they take over 100 % of the bandwidth, caches hold them. The difference "
+        "is the engine's largest one from eager's logits."
     )
     return section(_headline(source), *blocks, note=note)
 
@@ -64,14 +67,43 @@ def _node_table(source: Source, phase: str, batch: int) -> str:
                         for name in ("p50_us", "p90_us", "p99_us")
                     ),
                     Cell(text=share_text(share), value=share),
+                    *_work_cells(node, here),
+                    *_rate_cells(node, here),
                     Cell(
                         text=f"{times['max_abs_difference']:.2g}",
                         path=f"{source.pointer}/stages/{place}/max_abs_difference",
                     ),
                 ]
             )
-    headings = ("engine", "module", "node", "stage", "calls", "p50", "p90", "p99", "of the forward", "difference")
+    headings = (
+        *("engine", "module", "node", "stage", "calls", "p50", "p90", "p99", "of the forward"),
+        *("FLOPs", "bytes", "FLOP per byte", "of bandwidth", "of GEMM rate", "difference"),
+    )
     return table(headings, rows, group_starts=starts[1:])
+
+
+def _work_table(source: Source, phase: str, batch: int) -> str:
+    """All nodes of an engine together, beside the least that a forward must move."""
+    costs = [cost for _, cost in chosen(source.profile["arithmetic"], phase=phase, batch=batch)]
+    flops, size = sum(cost["flops"] for cost in costs), sum(cost["total_bytes"] for cost in costs)
+    rows = [_work_row("arithmetic", flops, size, size, 0)]
+    for _, times in chosen(source.profile["stages"], phase=phase, batch=batch):
+        known = [node for node in times["nodes"] if node["bytes"] is not None]
+        if known:
+            unknown = sum(node["calls"] for node in times["nodes"]) - sum(node["calls"] for node in known)
+            own_flops, own_size = (sum(node[name] for node in known) for name in ("flops", "bytes"))
+            rows.append(_work_row(engine_name(times["engine"]), own_flops, own_size, size, unknown))
+    return table(("engine", "FLOPs", "bytes", "times the least bytes", "launches that do not tell"), rows)
+
+
+def _work_row(name: str, flops: int, size: int, least: int, unknown: int) -> list[Cell]:
+    return [
+        text_cell(name),
+        Cell(text=scaled_text(flops, "FLOP"), value=flops),
+        Cell(text=bytes_text(size), value=size),
+        Cell(text=number_text(size / least), value=size / least),
+        Cell(text=str(unknown), value=unknown),
+    ]
 
 
 def _module_table(source: Source, phase: str, batch: int) -> str:
@@ -90,9 +122,7 @@ def _module_table(source: Source, phase: str, batch: int) -> str:
         )
         cells = [
             text_cell(" + ".join(modules)),
-            _value_cell(row, "flops", path, scaled_text(row["flops"] or 0, "FLOP")),
-            _value_cell(row, "bytes", path, bytes_text(row["bytes"] or 0)),
-            _value_cell(row, "flops_per_byte", path, number_text(row["flops_per_byte"] or 0)),
+            *_work_cells(row, path),
         ]
         for stage_place, _ in engines:
             if stage_place not in found[modules]:
@@ -100,15 +130,24 @@ def _module_table(source: Source, phase: str, batch: int) -> str:
                 continue
             path, row = found[modules][stage_place]
             cells.append(Cell(text=time_text(row["time_us"]), path=f"{path}/time_us"))
-            cells += [
-                _value_cell(row, name, path, share_text(row[name] or 0))
-                for name in ("bandwidth_share", "compute_share")
-            ]
+            cells += _rate_cells(row, path)
         rows.append(cells)
     headings = ["module", "FLOPs", "bytes", "FLOP per byte"]
     for _, times in engines:
         headings += [engine_name(times["engine"]), "of bandwidth", "of GEMM rate"]
     return table(headings, rows)
+
+
+def _work_cells(row: dict[str, Any], path: str) -> list[Cell]:
+    return [
+        _value_cell(row, "flops", path, scaled_text(row["flops"] or 0, "FLOP")),
+        _value_cell(row, "bytes", path, bytes_text(row["bytes"] or 0)),
+        _value_cell(row, "flops_per_byte", path, number_text(row["flops_per_byte"] or 0)),
+    ]
+
+
+def _rate_cells(row: dict[str, Any], path: str) -> list[Cell]:
+    return [_value_cell(row, name, path, share_text(row[name] or 0)) for name in ("bandwidth_share", "compute_share")]
 
 
 def _value_cell(row: dict[str, Any], name: str, path: str, text: str) -> Cell:

@@ -30,6 +30,9 @@ def node_rows(engine: str, sum_us: float) -> list[dict[str, Any]]:
             "time_us": 0.01 * sum_us * index,
             "p50_us": 0.011 * sum_us, "p90_us": 0.02 * sum_us, "p99_us": 0.03 * sum_us,
             "fastest_start_us": 0.1 * sum_us * index, "fastest_span_us": 0.01 * sum_us,
+            "flops": 2_345_678 if index else None, "bytes": 87_654 if index else None,
+            "flops_per_byte": 26.7606 if index else None, "bandwidth_share": 0.456 if index else None,
+            "compute_share": 0.0234 if index else None,
         }
         for index in range(NODES)
     ]  # fmt: skip
@@ -116,7 +119,7 @@ def make_document(name: str = "a<b>&c") -> dict[str, Any]:
                 )  # fmt: skip
     return {
         "kind": "ultramem-profile",
-        "format_version": 4,
+        "format_version": 5,
         "created": "2026-01-02T03:04:05+00:00",
         "model": {
             "name": name, "parameters": 3_971_904, "flops_per_token": 4_300_000, "weight_bytes": 15_887_616,

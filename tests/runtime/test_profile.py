@@ -174,7 +174,7 @@ def test_eager_end_to_end(eager_profile: Profile) -> None:
 
 def test_json_is_versioned_and_comes_back_from_a_file(eager_profile: Profile) -> None:
     document = to_json(eager_profile)
-    assert (document["kind"], document["format_version"]) == ("ultramem-profile", 4)
+    assert (document["kind"], document["format_version"]) == ("ultramem-profile", 5)
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert document["latency"][0]["p50_us"] == eager_profile.latency[0].p50_us
     assert document["machine"]["bytes_per_second"] == 2e10
@@ -186,7 +186,7 @@ def test_json_is_versioned_and_comes_back_from_a_file(eager_profile: Profile) ->
     [
         ([], "kind 'ultramem-profile', got None"),
         ({"kind": "other"}, "kind 'ultramem-profile', got 'other'"),
-        ({"kind": "ultramem-profile", "format_version": 99}, "format_version 4, got 99"),
+        ({"kind": "ultramem-profile", "format_version": 99}, "format_version 5, got 99"),
     ],
 )
 def test_a_foreign_document_is_refused(document: Any, message: str) -> None:

@@ -15,6 +15,7 @@ from ultramem.runtime.profile.divided_runs import divided
 from ultramem.runtime.profile.eager_stages import timed_runs, timer_cost
 from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.onnx_stamps import Stamp, StampedRun, add_stamps, stamped_runs, stamps_of
+from ultramem.runtime.profile.operator_work import Work
 from ultramem.runtime.profile.profiled_calls import event_cost_us
 from ultramem.runtime.profile.stage_turns import TURNS, NotSeparableError, stages_in_turns
 from ultramem.runtime.profile.stages import NodeTime, Run
@@ -171,16 +172,17 @@ def test_plain_and_instrumented_forwards_take_turns() -> None:
         calls.append("instrumented")
         return [Run(3e3, (node("head", 1.0),))] * count
 
-    times = stages_in_turns(cell, "a method", instrumented, repeats=10, device=CPU)
+    times = stages_in_turns(cell, "a method", instrumented, lambda: {"head/op": Work(3, 4)}, repeats=10, device=CPU)
     assert [name for name, _ in itertools.groupby(calls)] == ["plain", "instrumented"] * TURNS
     assert (times.runs, times.sum_us, len(times.turn_sum_ratios)) == (10, 3e3, TURNS)
     assert times.sum_ratio == 3e3 / times.plain_us > 10
+    assert [(row.flops, row.bytes) for row in times.nodes] == [(3, 4)]
 
     def cannot(count: int) -> list[Run]:
         raise NotSeparableError("for a reason")
 
     cell.round_us.append([5.0])
-    times = stages_in_turns(cell, "a method", cannot, repeats=10, device=CPU)
+    times = stages_in_turns(cell, "a method", cannot, dict, repeats=10, device=CPU)
     assert (times.note, times.rows, times.turn_sum_ratios) == ("for a reason", (), ())
 
 

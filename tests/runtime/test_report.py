@@ -215,7 +215,7 @@ def test_ticks_are_round_and_in_range(low: float, high: float) -> None:
 def test_a_foreign_document_is_refused() -> None:
     document = copy.deepcopy(make_document())
     document["format_version"] = 1
-    with pytest.raises(ValueError, match="format_version 4, got 1"):
+    with pytest.raises(ValueError, match="format_version 5, got 1"):
         render_profile(document)
     with pytest.raises(ValueError, match="at least one run"):
         render_demo([], [])
