@@ -18,6 +18,7 @@ from ultramem.graph.fold_for_inference import fold_for_inference
 from ultramem.graph.side_stream import SideStream
 from ultramem.graph.static_cache import StaticCache
 from ultramem.graph.transformer import Transformer
+from ultramem.runtime.decode_replay import ReplayedRooms
 from ultramem.runtime.engine_cache import EngineCache, Room
 from ultramem.runtime.engine_interface import Engine
 
@@ -79,12 +80,24 @@ class CompiledEngine(_ModelEngine):
     Prompt and cache lengths are free. The compiler makes a constant of a length of 0 or 1, so prefill takes no cache,
     and a prompt of one token gets a padding token in front, which also makes its cache long enough. A decode step
     writes its token into a cache that has room for it, which prefill made, instead of copying it to a longer one.
+
+    Args:
+        model: in eval mode.
+        replay: decode steps are recorded as CUDA graphs and replayed. A step looks at all the columns that there is
+            room for, and its buffers stay allocated. For GPUs.
+
+    Raises:
+        ValueError: the model is in training mode, or `replay` is asked for on a CPU.
     """
 
     name = "compile"
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, *, replay: bool = False) -> None:
         super().__init__(model)
+        device = self.weight.device
+        if replay and device.type == "cpu":
+            raise ValueError("replay must be False on a CPU, which records no graphs, got True")
+        self._rooms = ReplayedRooms(torch.get_device_module(device)) if replay else None
         self._num_keys = 2 * model.config.num_layers
         self._traced: set[bool] = set()
         empty = empty_state(model.config, 1, self.weight.dtype)
@@ -131,7 +144,10 @@ class CompiledEngine(_ModelEngine):
             )
         device = self.weight.device
         positions_B1 = (mask_BP.sum(1, keepdim=True) - 1).clamp_min(0)
-        tokens = [each.to(device) for each in (_own_copy(input_ids_B1), mask_BP, positions_B1)]
+        # A recorded step looks at all columns: those that are not in use are like padding.
+        unused = 0 if self._rooms is None else room.capacity - mask_BP.shape[1]
+        seen_BP = torch.nn.functional.pad(mask_BP, (0, unused)) if unused else mask_BP
+        tokens = [each.to(device) for each in (_own_copy(input_ids_B1), seen_BP, positions_B1)]
         column_1 = torch.tensor([column], device=device)
         convs = cache.state[self._num_keys :]
         kind = input_ids_B1.shape[0] > 1
@@ -142,23 +158,40 @@ class CompiledEngine(_ModelEngine):
             for tensor, axis in ((tokens[1], 1), *((buffer, 2) for buffer in room.buffers)):
                 _mark(tensor, axis)
         del room.writers[column:]
-        logits_B1V, *new_convs = self._decode_graph(*tokens, column_1, *room.buffers, *convs)
+        logits_B1V, *new_convs = self._step(room, tokens, column_1, convs)
         writer = object()
         room.writers.append(writer)
         return logits_B1V.cpu(), EngineCache(mask_BP, (*room.buffers, *new_convs), cache.hidden, room, writer)
+
+    def _step(
+        self, room: Room, tokens: Sequence[Tensor], column_1: Tensor, convs: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Logits [B,1,V] and new inputs of the convolutions."""
+        if self._rooms is None:
+            return self._decode_graph(*tokens, column_1, *room.buffers, *convs)
+
+        def step(ids: Tensor, mask: Tensor, positions: Tensor, column: Tensor, *convs: Tensor) -> Sequence[Tensor]:
+            return self._decode_graph(ids, mask, positions, column, *room_buffers, *convs)
+
+        room_buffers = room.buffers
+        return self._rooms.step(step, room, [*tokens, column_1, *convs])
 
     def _with_room(self, cache: EngineCache) -> EngineCache:
         """The same tokens, with room for up to `GROWTH` more."""
         columns = cache.num_columns
         capacity = (columns // GROWTH + 1) * GROWTH + 1
-        buffers = []
-        for tensor in cache.state[: self._num_keys]:
-            buffer = tensor.new_empty(*tensor.shape[:2], capacity, tensor.shape[3])
-            buffer[:, :, :columns] = tensor[:, :, :columns]
-            buffers.append(buffer)
-        room = Room(tuple(buffers), columns)
+        keys_and_values = cache.state[: self._num_keys]
+        if self._rooms is None:
+            buffers = []
+            for tensor in keys_and_values:
+                buffer = tensor.new_empty(*tensor.shape[:2], capacity, tensor.shape[3])
+                buffer[:, :, :columns] = tensor[:, :, :columns]
+                buffers.append(buffer)
+            room = Room(tuple(buffers), columns)
+        else:
+            room = self._rooms.make(keys_and_values, columns, capacity)
         convs = (each.contiguous() for each in cache.state[self._num_keys :])  # strides are guarded
-        return EngineCache(cache.mask_BP, (*buffers, *convs), cache.hidden, room)
+        return EngineCache(cache.mask_BP, (*room.buffers, *convs), cache.hidden, room)
 
 
 def _own_copy(tensor: Tensor) -> Tensor:

@@ -1,0 +1,96 @@
+"""A decode step that is recorded once and replayed: on a GPU as a CUDA graph, one launch in the place of hundreds.
+
+What is recorded reads and writes the same memory at every replay, so that a step has inputs and results of its own, and
+the buffers of keys and values belong to it. Buffers that no cache needs any more go to the next one of their size, with
+the step that was recorded on them.
+
+Shapes: B batch, C columns of room.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ultramem.runtime.engine_cache import Room
+
+Step = Callable[..., Sequence[Tensor]]
+_WARM_UP = 3
+"""Runs before the recording: what compiles or asks for workspaces at its first calls does so there."""
+
+
+class DecodeReplay:
+    """A recorded step.
+
+    Args:
+        step: of the inputs, which writes keys and values to buffers in place, and takes nothing from the host.
+        inputs: of the first step; those of later ones have their shapes.
+        graphs: the device's module of graphs and streams, such as `torch.cuda`.
+    """
+
+    def __init__(self, step: Step, inputs: Sequence[Tensor], graphs: Any) -> None:
+        self._inputs = tuple(each.clone() for each in inputs)
+        stream = graphs.Stream()
+        stream.wait_stream(graphs.current_stream())
+        with graphs.stream(stream):  # on one of its own, as recording asks for
+            for _ in range(_WARM_UP):
+                step(*self._inputs)
+        graphs.current_stream().wait_stream(stream)
+        self._graph = graphs.CUDAGraph()
+        with graphs.graph(self._graph):
+            self._outputs = tuple(step(*self._inputs))
+
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What the step gives for these inputs, in memory of its own."""
+        for own, new in zip(self._inputs, inputs, strict=True):
+            own.copy_(new)
+        self._graph.replay()
+        return tuple(each.clone() for each in self._outputs)
+
+
+class ReplayedRooms:
+    """Rooms of caches whose steps are replayed.
+
+    Args:
+        graphs: as of `DecodeReplay`.
+    """
+
+    def __init__(self, graphs: Any) -> None:
+        self._graphs = graphs
+        self._pool: dict[tuple[int, ...], list[_Buffers]] = {}
+
+    def make(self, keys_and_values: Sequence[Tensor], num_columns: int, capacity: int) -> Room:
+        """A room of `capacity` columns with the first `num_columns` of these, the others 0: a step looks at them all,
+        and what is hidden from it must be finite all the same.
+        """
+        first = keys_and_values[0]
+        free = self._pool.setdefault((first.shape[0], capacity), [])
+        held = next((each for each in free if each.room() is None), None)
+        if held is None:
+            held = _Buffers(tuple(each.new_empty(*each.shape[:2], capacity, each.shape[3]) for each in keys_and_values))
+            free.append(held)
+        for buffer, each in zip(held.tensors, keys_and_values, strict=True):
+            buffer[:, :, :num_columns] = each[:, :, :num_columns]
+            buffer[:, :, num_columns:] = 0
+        room = Room(held.tensors, num_columns)
+        held.room = weakref.ref(room)
+        return room
+
+    def step(self, step: Step, room: Room, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run `step` for a cache in `room`: recorded at the first call for its buffers, replayed from then on."""
+        held = next(each for each in self._pool[room.buffers[0].shape[0], room.capacity] if each.room() is room)
+        if held.replay is None:
+            held.replay = DecodeReplay(step, inputs, self._graphs)
+        return held.replay(inputs)
+
+
+class _Buffers:
+    """Keys and values of every layer [B,A,C,X], who has them, and the step that was recorded on them."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
+        self.room: Callable[[], Room | None] = lambda: None
+        self.replay: DecodeReplay | None = None
