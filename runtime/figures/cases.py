@@ -14,7 +14,7 @@ import torch
 
 from ultramem.runtime.figures.devices import Roofs
 from ultramem.runtime.figures.expected import roofline_us
-from ultramem.runtime.figures.rates import product_rate, read_rate
+from ultramem.runtime.figures.rates import expert_product_rate, product_rate, read_rate
 from ultramem.runtime.figures.schema import EXPLAINED_WITHIN, MeasuredPoint, ProductRate, ReadRate
 from ultramem.runtime.figures.watched import Watched
 from ultramem.runtime.profile.arithmetic import StageCost
@@ -23,7 +23,7 @@ from ultramem.runtime.profile.schema import DECODE
 from ultramem.runtime.profile.units import bytes_text, number_text, time_text
 
 ROUNDS = 5
-SECONDS_PER_CELL = 0.4
+SECONDS_PER_CELL = 2.0
 MAX_SAMPLES = 100
 WORTH_NAMING = 0.1
 """Share of the difference below which a part of it is not named."""
@@ -47,8 +47,7 @@ class Case:
     experts: int = 0
     used: float = 0.0
     used_expected: float = 0.0
-    tokens_of_expert: float = 0.0
-    """Mean number of tokens of an expert that is used; 0 without experts."""
+    experts_per_token: int = 0
     twin: Callable[[], object] | None = None
     """The same call with next to nothing to do: of a model of tiny widths, or on a table that caches hold."""
     twin_is: str = "on a model of tiny widths"
@@ -174,8 +173,10 @@ def _dense_us(case: Case, rates: Rates) -> float:
     seconds = 0.0
     for cost in case.used_costs:
         moved = cost.total_bytes - (cost.row_bytes if cost.stage == "lookup" else 0)
-        rows = case.tokens_of_expert if cost.stage == "mlp" and case.experts else case.batch
-        seconds += max(moved / bytes_per_second, cost.flops / product_rate(rates.products, max(1.0, rows)))
+        rate = product_rate(rates.products, case.batch)
+        if cost.stage == "mlp" and case.experts:
+            rate = expert_product_rate(rates.products, case.batch, case.experts_per_token / case.experts)
+        seconds += max(moved / bytes_per_second, cost.flops / rate)
     return 1e6 * seconds
 
 
@@ -214,4 +215,5 @@ def _reason(case: Case, rates: Rates, p50_us: float, predicted_us: float, parts:
 
 
 def _product_rows(case: Case) -> float:
-    return max(1.0, case.tokens_of_expert) if case.experts else float(case.batch)
+    """Of an expert that is used, in the mean, where there are experts."""
+    return case.batch * case.experts_per_token / case.used if case.experts else float(case.batch)

@@ -142,7 +142,7 @@ def _case(opened: _Opened, batch: int, device: torch.device) -> Case:
         experts=0 if config.moe is None else config.moe.num_experts,
         used=used,
         used_expected=expected_used(config, batch),
-        tokens_of_expert=0.0 if config.moe is None else batch * config.moe.experts_per_token / used,
+        experts_per_token=0 if config.moe is None else config.moe.experts_per_token,
         twin=decode_steps(opened.twin, twin, batch),
         twin_costs=decode_costs(twin, batch=batch, cached_tokens=CACHED_TOKENS, element_bytes=ELEMENT_BYTES),
         rows=rows,

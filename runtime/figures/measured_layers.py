@@ -128,7 +128,7 @@ def moe_case(buffer: Tensor, rows: int, tokens: int) -> Case:
         experts=config.moe.num_experts,
         used=used,
         used_expected=expected_used(config, tokens),
-        tokens_of_expert=config.moe.experts_per_token * tokens / used,
+        experts_per_token=config.moe.experts_per_token,
         twin=_cycled(twin, twin_inputs),
         twin_costs=_costs(twin_config, tokens, ("mlp",)),
     )

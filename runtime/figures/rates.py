@@ -18,7 +18,8 @@ from ultramem.runtime.figures.watched import Watched
 from ultramem.runtime.profile.measure import percentile, time_us
 
 READ_BYTES = tuple(2**power for power in range(20, 29))
-PRODUCT_ROWS = tuple(2**power for power in range(11))
+PRODUCT_ROWS = (*range(1, 9), 10, 12, *(2**power for power in range(4, 11)))
+"""A product of one more row may take a half longer, or no time."""
 PRODUCT_SHAPE = (2048, 512)
 """Outputs and inputs of a matrix, 4 MiB in float32, as in the layers that are measured."""
 PRODUCT_MATRICES = 64
@@ -84,6 +85,22 @@ def read_rate(rates: Sequence[ReadRate], array_bytes: float) -> float:
 def product_rate(rates: Sequence[ProductRate], rows: float) -> float:
     """FLOPs per second of a product of `rows` rows, likewise."""
     return _between([(rate.rows, rate.flops_per_second) for rate in rates], rows)
+
+
+def expert_product_rate(rates: Sequence[ProductRate], tokens: int, share: float) -> float:
+    """FLOPs per second of the products of experts that each of `tokens` chooses with probability `share`.
+
+    An expert has n tokens with the probability of the binomial distribution, and 2 n FLOPs a weight.
+    """
+    if share >= 1:
+        return product_rate(rates, tokens)
+    probability = (1 - share) ** tokens
+    flops = seconds = 0.0
+    for count in range(1, tokens + 1):
+        probability *= (tokens - count + 1) / count * share / (1 - share)
+        flops += probability * count
+        seconds += probability * count / product_rate(rates, count)
+    return flops / seconds
 
 
 def _between(points: Sequence[tuple[float, float]], x: float) -> float:

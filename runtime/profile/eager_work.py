@@ -7,7 +7,6 @@ event of the profiler behind each; the profiler's spans say in which of the grap
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,10 +20,11 @@ from ultramem.runtime.profile.profiled_calls import CALL, Span, profiled_spans
 from ultramem.runtime.profile.stages import MODULE_KIND, NodeTime
 
 _SEEN = "ultramem::work "
-_WRITES_ONLY = re.compile(r"^(copy|fill|zero)_$|^(empty|new_empty)")
-"""Do not read what they write to, or do not even write."""
+_OVERWRITES = ("copy_", "fill_", "zero_")
+"""Do not read what they write to."""
 _PUTS = ("index_copy_", "index_put_", "scatter_")
 """Write as much as they are given into a larger tensor, which they do not read."""
+_TOUCHES_NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
 class WorkSeen(TorchDispatchMode):
@@ -77,22 +77,20 @@ def _work(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -
     schema = func._schema
     given = dict(zip((each.name for each in schema.arguments), args, strict=False)) | kwargs
     written = {each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write}
-    if not written and _storages([result]) & _storages(given.values()):
-        return NO_WORK  # a view
     plain = schema.name.rpartition("::")[2]
+    is_view = not written and _storages([result]) & _storages(given.values())
+    if is_view or plain in _TOUCHES_NOTHING:
+        return NO_WORK
     read = _operands(value for name, value in given.items() if name not in written or not _replaces(plain, name))
     if plain in _PUTS:
         return Work(0, sum(each.bytes for each in read) + read[-1].bytes)
-    outputs = _operands([result])
-    if plain.startswith(("empty", "new_empty")):
-        return NO_WORK
     others = {name: value for name, value in given.items() if not _has_tensor(value)}
-    return operator_work(schema.name, read, outputs, others)
+    return operator_work(schema.name, read, _operands([result]), others)
 
 
 def _replaces(plain: str, argument: str) -> bool:
     """Whether what was in a tensor that is written to is not read."""
-    return argument == "out" or plain in _PUTS or _WRITES_ONLY.match(plain) is not None
+    return argument == "out" or plain in _PUTS or plain in _OVERWRITES
 
 
 def _operands(values: Iterable[Any]) -> list[Operand]:

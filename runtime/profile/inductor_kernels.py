@@ -23,6 +23,7 @@ from ultramem.runtime.profile.inductor_work import (
     descriptions_tag,
 )
 from ultramem.runtime.profile.modules import COLLECTIVES, module_of_stack, stage_of_module
+from ultramem.runtime.profile.replaced import replaced
 from ultramem.runtime.profile.stack_traces import sources_tag, stages_of_traces
 
 COMPILE_OPTIONS = {"trace.provenance_tracking_level": 2, "cpp.enable_kernel_profile": True}
@@ -86,13 +87,8 @@ def _without_stack_traces(wrapper: type) -> Iterator[None]:
     def call_without(self: Any, *args: Any, **kwargs: Any) -> None:
         call(self, *args, **{**kwargs, "stack_traces": None})
 
-    setattr(wrapper, guard.__name__, lambda *args, **kwargs: None)
-    setattr(wrapper, call.__name__, call_without)
-    try:
+    with replaced(wrapper, **{guard.__name__: lambda *args, **kwargs: None, call.__name__: call_without}):
         yield
-    finally:
-        setattr(wrapper, guard.__name__, guard)
-        setattr(wrapper, call.__name__, call)
 
 
 @contextlib.contextmanager
@@ -119,15 +115,12 @@ def recorded_compilation() -> Iterator[list[list[Kernel]]]:
         setattr(self, _KERNELS, graphs[-1])
         original(self, *args, **kwargs)
 
-    # Assigned by name, so that mypy accepts a method's replacement.
-    setattr(CompiledFxGraph, "post_compile", post_compile)  # noqa: B010
-    setattr(compiler, "compile_fx", compile_fx)  # noqa: B010
-    try:
-        with profiled_compilation():
-            yield graphs
-    finally:
-        setattr(CompiledFxGraph, "post_compile", original)  # noqa: B010
-        setattr(compiler, "compile_fx", original_compile)  # noqa: B010
+    with (
+        replaced(CompiledFxGraph, post_compile=post_compile),
+        replaced(compiler, compile_fx=compile_fx),
+        profiled_compilation(),
+    ):
+        yield graphs
 
 
 def kernels_of(graph: Any) -> list[Kernel] | None:

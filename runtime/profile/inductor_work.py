@@ -19,11 +19,19 @@ from typing import Any, NamedTuple
 from torch import SymInt, Tensor
 
 from ultramem.runtime.profile.operator_work import NO_WORK, Operand, Work, has_products, operator_work
+from ultramem.runtime.profile.replaced import replaced
 
 DESCRIPTION = "ultramem_work"
 """Key of a kernel's description in what Inductor writes down of the kernel."""
 DESCRIPTIONS = "ultramem_work_of_kernels"
 """Key of all of a graph's, by kernel, where Inductor maps kernels to the graph's nodes."""
+
+_INDUCTORS = (
+    "set_kernel_post_grad_provenance_tracing",
+    "create_kernel_information_json",
+    "dump_inductor_provenance_info",
+)
+"""Of `torch._inductor.debug`: what names a kernel, tells of the kernels of a package, and of those of a graph."""
 
 Sizes = Sequence[int | tuple[int, ...]]
 """Of a graph's inputs: a number, or a tensor's shape."""
@@ -41,15 +49,14 @@ def described_kernels() -> Iterator[None]:
     from torch._inductor import debug
     from torch._inductor.codegen import cpp
 
-    name_kernel, tell_kernels, map_kernels = (
-        debug.set_kernel_post_grad_provenance_tracing,
-        debug.create_kernel_information_json,
-        debug.dump_inductor_provenance_info,
-    )
+    name_kernel, tell_kernels, map_kernels = (getattr(debug, name, None) for name in _INDUCTORS)
+    if name_kernel is None or tell_kernels is None or map_kernels is None:
+        yield  # a version of torch that has other names for them: nodes have no work
+        return
     graphs = _Graphs()
 
     def named(kernel: Any, kernel_name: str, *args: Any, **kwargs: Any) -> int | None:
-        handle = name_kernel(kernel, kernel_name, *args, **kwargs)
+        handle: int | None = name_kernel(kernel, kernel_name, *args, **kwargs)
         graphs.add(f"{kernel_name}:{handle}", kernel)
         return handle
 
@@ -60,20 +67,11 @@ def described_kernels() -> Iterator[None]:
     def mapped() -> dict[str, Any]:
         return {**map_kernels(), DESCRIPTIONS: graphs.descriptions()}
 
-    replaced = (
-        (debug, "set_kernel_post_grad_provenance_tracing", named),
-        (cpp, "set_kernel_post_grad_provenance_tracing", named),
-        (debug, "create_kernel_information_json", told),
-        (debug, "dump_inductor_provenance_info", mapped),
-    )
-    originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-    for module, name, function in replaced:
-        setattr(module, name, function)
-    try:
+    with (
+        replaced(debug, **dict(zip(_INDUCTORS, (named, told, mapped), strict=True))),
+        replaced(cpp, **{_INDUCTORS[0]: named}),  # which has imported it
+    ):
         yield
-    finally:
-        for module, name, function in originals:
-            setattr(module, name, function)
 
 
 class GraphCall(NamedTuple):
@@ -101,14 +99,11 @@ def graph_calls(call: Callable[[], object]) -> list[GraphCall]:
         found.append(GraphCall(self, _sizes(tree_leaves((args, kwargs)))))
         return packaged(self, *args, **kwargs)
 
-    # Assigned by name, so that mypy accepts a method's replacement.
-    setattr(CompiledFxGraph, "__call__", call_compiled)  # noqa: B010
-    setattr(AOTICompiledModel, "__call__", call_packaged)  # noqa: B010
-    try:
+    with (
+        replaced(CompiledFxGraph, __call__=call_compiled),
+        replaced(AOTICompiledModel, __call__=call_packaged),
+    ):
         call()
-    finally:
-        setattr(CompiledFxGraph, "__call__", compiled)  # noqa: B010
-        setattr(AOTICompiledModel, "__call__", packaged)  # noqa: B010
     return found
 
 

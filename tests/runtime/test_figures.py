@@ -45,7 +45,15 @@ from ultramem.runtime.figures.log_chart import LogCurve, log_chart, log_ticks
 from ultramem.runtime.figures.measured_batch import batch_checks, batch_points
 from ultramem.runtime.figures.measured_table import Sweep, table_checks, table_points
 from ultramem.runtime.figures.paper import PaperModel, paper_models, sparser
-from ultramem.runtime.figures.rates import cycle, measured_roofs, product_rate, product_rates, read_rate, read_rates
+from ultramem.runtime.figures.rates import (
+    cycle,
+    expert_product_rate,
+    measured_roofs,
+    product_rate,
+    product_rates,
+    read_rate,
+    read_rates,
+)
 from ultramem.runtime.figures.schema import Measured, MeasuredPoint, ProductRate, ReadRate
 from ultramem.runtime.figures.small_models import SMALL, tiny_twin
 from ultramem.runtime.figures.watched import Watched
@@ -236,6 +244,17 @@ def test_rates_lie_on_lines_between_what_was_measured():
     roofs = measured_roofs(MACHINE, CPU)
     assert (roofs.name, roofs.label, roofs.element_bytes) == ("this", "a processor", 4)
     assert min(roofs.bytes_per_second, roofs.flops_per_second) > 1e8
+
+
+def test_experts_multiply_as_many_rows_as_tokens_choose_them():
+    """Three tokens, of which each chooses an expert by a toss: one row with 3/8, two with 3/8, three with 1/8."""
+    rates = tuple(ProductRate(rows=rows, flops_per_second=rate) for rows, rate in ((1, 1e10), (2, 4e10), (3, 2e10)))
+    flops = 3 / 8 * 1 + 3 / 8 * 2 + 1 / 8 * 3
+    seconds = 3 / 8 * 1 / 1e10 + 3 / 8 * 2 / 4e10 + 1 / 8 * 3 / 2e10
+    assert expert_product_rate(rates, 3, 0.5) == pytest.approx(flops / seconds)
+    assert expert_product_rate(rates, 3, 1.0) == 2e10
+    # Many tokens of an expert: hardly any difference to their mean.
+    assert expert_product_rate(RATES.products, 4096, 0.01) == pytest.approx(product_rate(RATES.products, 41), rel=0.02)
 
 
 def test_a_cycle_starts_again():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -402,6 +403,12 @@ def test_every_engine_shows_its_stages_and_modules(tmp_path: Path) -> None:
         assert explained_us + times.unattributed_us == pytest.approx(times.sum_us)
         assert times.instrumented_us - times.instrument_us == pytest.approx(times.sum_us)
         assert (times.sum_ratio, len(times.turn_sum_ratios)) == (times.sum_us / times.plain_us, TURNS)
+    flops = defaultdict(list)
+    for times in found.stages:
+        assert all(row.bytes is not None for row in times.nodes if row.kind != "module"), (times.engine, times.phase)
+        if times.engine != "aoti":  # selects by standard operators, whose comparisons are no FLOPs
+            flops[times.batch, times.phase].append(sum(row.flops or 0 for row in times.nodes))
+    assert all(len(each) == 3 and len(set(each)) == 1 for each in flops.values()), flops
     for request in found.requests:
         assert request.recompiles == 0
         assert request.launches_per_step
