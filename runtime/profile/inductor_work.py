@@ -151,7 +151,6 @@ class _Numbers:
         from torch.utils._sympy import functions
 
         self._parse = sympy.sympify
-        self._values = values
         # A name that sympy has a meaning of its own for stays what it is here.
         self._names = {name: sympy.Integer(value) for name, value in values.items()} | {
             name: getattr(functions, name) for name in ("CeilDiv", "FloorDiv", "Max", "Min", "Mod", "PythonMod")
