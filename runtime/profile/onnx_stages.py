@@ -35,7 +35,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 _WEIGHTS_OUTSIDE = {"file_name": "optimized.data", "min_size_in_bytes": "1024"}
 _STAMPS_A_NODE = 8
 """Room for as many: two behind each of its outputs."""
-_WARM_UP = 3
+_WARM_UP = 5
 
 
 class StampedSessions:
@@ -92,17 +92,21 @@ class StampedSessions:
 
     def _stamps(self, session: Any, cell: Cell, repeats: int) -> list[tuple[int, int, StampedRun]]:
         """Start and end of each forward, and its stamps, with `session` in the place of the engine's own."""
-        walls_ns, stamps = [], []
-        with self._in_place(session), stamps_of(self._library, _STAMPS_A_NODE * len(self.nodes)) as take:
+        walls_ns = []
+        with (
+            self._in_place(session),
+            stamps_of(self._library, _STAMPS_A_NODE * len(self.nodes) * (repeats + _WARM_UP)) as take,
+        ):
             for _ in range(_WARM_UP):
                 cell.call()
-            for _ in range(repeats):
-                take()
+            take()
+            for _ in range(repeats):  # with nothing in between: threads of the runtime would go to sleep
                 start_ns = time.perf_counter_ns()
                 cell.call()
                 walls_ns.append((start_ns, time.perf_counter_ns()))
-                stamps.append(take())
-        return [(*wall, run) for wall, run in zip(walls_ns, stamped_runs(stamps), strict=True)]
+            stamps = take()
+        of_runs = [[each for each in stamps if start <= each.entered_ns <= end] for start, end in walls_ns]
+        return [(*wall, run) for wall, run in zip(walls_ns, stamped_runs(of_runs), strict=True)]
 
     @contextlib.contextmanager
     def _in_place(self, session: Any) -> Iterator[None]:

@@ -12,7 +12,9 @@ from ultramem.runtime.profile.schema import StageTimes
 from ultramem.runtime.profile.stages import Run, Turn, not_separable, summarize, with_work
 
 TURNS = 5
-_SETTLING = 3
+_CHANGES = 2
+"""Between plain and instrumented forwards in a turn: a shared machine has speeds that last for some forwards each."""
+_SETTLING = 5
 """Calls before the plain ones that are timed: threads of the instrumented forwards before may still spin."""
 
 
@@ -39,14 +41,18 @@ def stages_in_turns(
         repeats: of each kind, over all turns.
         device: where the work ends.
     """
-    each = max(2, -(-repeats // TURNS))
+    each = max(1, -(-repeats // (TURNS * _CHANGES)))
     turns = []
     for _ in range(TURNS):
-        for _ in range(_SETTLING):
-            cell.call()
-        plain_us = [time_us(cell.call, device) for _ in range(each)]
-        try:
-            turns.append(Turn(plain_us, instrumented(each)))
-        except NotSeparableError as error:
-            return not_separable(cell, str(error))
+        plain_us: list[float] = []
+        runs: list[Run] = []
+        for _ in range(_CHANGES):
+            for _ in range(_SETTLING):
+                cell.call()
+            plain_us += [time_us(cell.call, device) for _ in range(each)]
+            try:
+                runs += instrumented(each)
+            except NotSeparableError as error:
+                return not_separable(cell, str(error))
+        turns.append(Turn(plain_us, runs))
     return with_work(summarize(cell, method, turns), work())

@@ -17,7 +17,7 @@ from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.onnx_stamps import Stamp, StampedRun, add_stamps, stamped_runs, stamps_of
 from ultramem.runtime.profile.operator_work import Work
 from ultramem.runtime.profile.profiled_calls import event_cost_us
-from ultramem.runtime.profile.stage_turns import TURNS, NotSeparableError, stages_in_turns
+from ultramem.runtime.profile.stage_turns import _CHANGES, TURNS, NotSeparableError, stages_in_turns
 from ultramem.runtime.profile.stages import NodeTime, Run
 from ultramem.runtime.profile.sums import adds_up, check_sums
 
@@ -173,7 +173,7 @@ def test_plain_and_instrumented_forwards_take_turns() -> None:
         return [Run(3e3, (node("head", 1.0),))] * count
 
     times = stages_in_turns(cell, "a method", instrumented, lambda: {"head/op": Work(3, 4)}, repeats=10, device=CPU)
-    assert [name for name, _ in itertools.groupby(calls)] == ["plain", "instrumented"] * TURNS
+    assert [name for name, _ in itertools.groupby(calls)] == ["plain", "instrumented"] * (TURNS * _CHANGES)
     assert (times.runs, times.sum_us, len(times.turn_sum_ratios)) == (10, 3e3, TURNS)
     assert times.sum_ratio == 3e3 / times.plain_us > 10
     assert [(row.flops, row.bytes) for row in times.nodes] == [(3, 4)]
