@@ -20,6 +20,7 @@ _KERNELS, _KERNEL_EVENTS = 50, 4
 _KERNEL_NAME = "graph_0_cpp_fused__scaled_dot_product_flash_attention_for_cpu_add_arange_cat_clone_transpose_0"
 _BETWEEN_NUMBERS = 2**16
 """float32 that a kernel passes over, so that the profiler's records have left the nearest cache as in a model."""
+_WARM_UP = 3
 _EVENT_TURNS, _EVENT_REPEATS = 5, 6
 """A machine changes its speed: forwards with the profiler and without take turns."""
 
@@ -43,6 +44,8 @@ def profiled_spans(call: Callable[[], object], repeats: int, *, unseen: bool = F
 
     ops = bodies_only() if unseen else nullcontext()
     with profile(activities=[ProfilerActivity.CPU]) as profiler, ops:
+        for _ in range(_WARM_UP):  # the caches hold what came before, and the profiler has no room for records yet
+            call()
         for _ in range(repeats):
             # torch.profiler.record_function adds 50 us of its own to the span.
             with torch._C._profiler._RecordFunctionFast(CALL):
@@ -52,8 +55,12 @@ def profiled_spans(call: Callable[[], object], repeats: int, *, unseen: bool = F
     assert found.kineto_results is not None
     # profiler.events() would make a tree of all of them first, which takes a dozen times as long.
     events = [each for each in found.kineto_results.events() if not each.is_hidden_event()]
-    first_ns = min(event.start_ns() for event in events)
-    return [Span(event.name(), (event.start_ns() - first_ns) / 1e3, event.duration_ns() / 1e3) for event in events]
+    first_ns = min(event.start_ns() for event in events if event.name() == CALL)
+    return [
+        Span(event.name(), (event.start_ns() - first_ns) / 1e3, event.duration_ns() / 1e3)
+        for event in events
+        if event.start_ns() >= first_ns
+    ]
 
 
 @torch.no_grad()
