@@ -34,6 +34,7 @@ TIMED = "timers around the modules that are stages, their measured cost taken of
 PROFILED = f"{TIMED}; a module's time is divided among its operators as in forwards under PyTorch's profiler"
 _MODULE_SPAN = "ultramem::module "
 _COST_CALLS, _COST_REPEATS = 100, 20
+_WARM_UP = 5
 
 Forward = Callable[..., Any]
 
@@ -163,6 +164,8 @@ def _timed(model: nn.Module, call: Callable[[], object], repeats: int, device: t
 
     runs = []
     with _around_modules(model, wrapped):
+        for _ in range(_WARM_UP):
+            call()
         for _ in range(repeats):
             ended.clear()
             synchronize(device)

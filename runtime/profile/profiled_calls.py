@@ -20,7 +20,7 @@ _KERNELS, _KERNEL_EVENTS = 50, 4
 _KERNEL_NAME = "graph_0_cpp_fused__scaled_dot_product_flash_attention_for_cpu_add_arange_cat_clone_transpose_0"
 _BETWEEN_NUMBERS = 2**16
 """float32 that a kernel passes over, so that the profiler's records have left the nearest cache as in a model."""
-_WARM_UP = 3
+_WARM_UP = 5
 _EVENT_TURNS, _EVENT_REPEATS = 5, 6
 """A machine changes its speed: forwards with the profiler and without take turns."""
 
