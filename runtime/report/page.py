@@ -16,6 +16,9 @@ from ultramem.graph.weights import write_atomically
 _BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:%|(?:[µm]?s|[kMGT]?(?:B|FLOP)|times)\b))")
 TEMPLATE = Path(__file__).with_name("page.html")
 
+SHOWN_LETTERS = 24
+"""Of a text in a table, about: the rest may be cut, and shows where the pointer rests."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
@@ -105,6 +108,8 @@ def _cell(cell: Cell) -> str:
         attributes += f' data-path="{escape(cell.path)}"'
     if cell.value is not None:
         attributes += f' data-value="{cell.value!r}"'
+    if cell.is_text and len(cell.text) > SHOWN_LETTERS:
+        attributes += f' title="{escape(cell.text)}"'
     return f"<td{attributes}>{escape(cell.text)}</td>"
 
 
