@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ultramem.runtime.engine_cache import Room
+from ultramem.runtime.engine_cache import Room, fill, make_buffers
 
 Step = Callable[..., Sequence[Tensor]]
 _WARM_UP = 3
@@ -70,10 +70,10 @@ class ReplayedRooms:
         free = self._pool.setdefault((first.shape[0], capacity), [])
         held = next((each for each in free if each.room() is None), None)
         if held is None:
-            held = _Buffers(tuple(each.new_empty(*each.shape[:2], capacity, each.shape[3]) for each in keys_and_values))
+            held = _Buffers(make_buffers(keys_and_values, capacity))
             free.append(held)
-        for buffer, each in zip(held.tensors, keys_and_values, strict=True):
-            buffer[:, :, :num_columns] = each[:, :, :num_columns]
+        fill(held.tensors, keys_and_values, num_columns)
+        for buffer in held.tensors:
             buffer[:, :, num_columns:] = 0
         room = Room(held.tensors, num_columns)
         held.room = weakref.ref(room)

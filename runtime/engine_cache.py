@@ -36,6 +36,17 @@ class Room:
         return self.buffers[0].shape[2]
 
 
+def make_buffers(keys_and_values: Sequence[Tensor], capacity: int) -> tuple[Tensor, ...]:
+    """Buffers for a `Room`, like these but of `capacity` columns, with nothing in them."""
+    return tuple(each.new_empty(*each.shape[:2], capacity, each.shape[3]) for each in keys_and_values)
+
+
+def fill(buffers: Sequence[Tensor], keys_and_values: Sequence[Tensor], num_columns: int) -> None:
+    """Put the first `num_columns` of keys and values into the buffers."""
+    for buffer, each in zip(buffers, keys_and_values, strict=True):
+        buffer[:, :, :num_columns] = each[:, :, :num_columns]
+
+
 class EngineCache(NamedTuple):
     """Keys and values of earlier tokens; nothing outside engines and this file looks inside."""
 

@@ -19,7 +19,7 @@ from ultramem.graph.side_stream import SideStream
 from ultramem.graph.static_cache import StaticCache
 from ultramem.graph.transformer import Transformer
 from ultramem.runtime.decode_replay import ReplayedRooms
-from ultramem.runtime.engine_cache import EngineCache, Room
+from ultramem.runtime.engine_cache import EngineCache, Room, fill, make_buffers
 from ultramem.runtime.engine_interface import Engine
 
 GROWTH = 256
@@ -182,12 +182,8 @@ class CompiledEngine(_ModelEngine):
         capacity = (columns // GROWTH + 1) * GROWTH + 1
         keys_and_values = cache.state[: self._num_keys]
         if self._rooms is None:
-            buffers = []
-            for tensor in keys_and_values:
-                buffer = tensor.new_empty(*tensor.shape[:2], capacity, tensor.shape[3])
-                buffer[:, :, :columns] = tensor[:, :, :columns]
-                buffers.append(buffer)
-            room = Room(tuple(buffers), columns)
+            room = Room(make_buffers(keys_and_values, capacity), columns)
+            fill(room.buffers, keys_and_values, columns)
         else:
             room = self._rooms.make(keys_and_values, columns, capacity)
         convs = (each.contiguous() for each in cache.state[self._num_keys :])  # strides are guarded

@@ -26,7 +26,6 @@ _BYTES = {
 class _Event(NamedTuple):
     node: str
     start: int
-    end: int
     work: Work
 
 
@@ -57,7 +56,7 @@ def _events(records: Sequence[Mapping[str, Any]], graph: Mapping[str, Any]) -> l
         inputs, outputs = (_operands(told[f"{side}_type_shape"]) for side in ("input", "output"))
         is_body = told["op_name"] in ("Loop", "If", "Scan")
         work = Work(0, 0) if is_body else operator_work(told["op_name"], inputs, outputs, _arguments(graph.get(name)))
-        events.append(_Event(name, record["ts"], record["ts"] + record["dur"], work))
+        events.append(_Event(name, record["ts"], work))
     return events
 
 

@@ -106,8 +106,7 @@ _ONNX_NAMES = {
     "ProductTopK": "product_topk",
     "TuckerTopK": "tucker_topk",
 }
-# Of PyTorch, `aten` operators that return their input differently seen tell it by their schema; these are ONNX's, which
-# ONNX Runtime runs in place or by reading shapes alone.
+# ONNX's, which ONNX Runtime runs in place or by reading shapes alone; PyTorch's are told by where their result lies.
 _VIEWS = {"Flatten", "Identity", "Reshape", "Shape", "Size", "Squeeze", "Unsqueeze"}
 _PICK = {"embedding", "gather", "index", "index_select", "Gather", "GatherElements", "GatherND", "Slice"}
 # How many tables there are before the indices.

@@ -98,6 +98,13 @@ def test_views_move_nothing_and_writes_are_counted() -> None:
         assert seen.found[-1].bytes == 2 * cache.numel() * FLOAT
 
 
+def test_what_an_operator_is_made_of_is_seen_in_its_place() -> None:
+    """In inference mode a linear layer reaches the mode whole."""
+    with WorkSeen() as seen, torch.inference_mode():
+        torch.nn.functional.linear(torch.ones(2, 3, 4), torch.ones(5, 4))
+    assert sum(each.flops for each in seen.found) == 2 * 6 * 4 * 5
+
+
 # Eager
 
 
@@ -129,6 +136,13 @@ def test_flops_of_eager_nodes_are_those_of_the_stages(eager_profile: Profile) ->
             assert moved > 0.99 * cost.total_bytes, (times.phase, cost.stage)
             if cost.stage in ("lookup", "expand", "head"):
                 assert moved < 1.02 * cost.total_bytes, (times.phase, cost.stage)
+
+
+def test_eager_nodes_are_what_runs_without_a_profiler(eager_profile: Profile) -> None:
+    """Where nobody looks, ops of this package are their bodies."""
+    kinds = {row.kind for times in eager_profile.stages for row in times.nodes}
+    assert "aten::linear" in kinds
+    assert not any(kind.startswith("ultramem::") for kind in kinds)
 
 
 def test_nodes_have_shares_of_the_roofs(eager_profile: Profile) -> None:
@@ -164,7 +178,7 @@ def compiled_calls(sizes: list[int]) -> list[tuple[list[str], list[Work | None]]
 
     def graph(inputs_TD: Tensor, rows_T: Tensor) -> tuple[Tensor, Tensor]:
         hidden = torch.nn.functional.gelu(inputs_TD @ weight)
-        return (hidden * table[rows_T]).topk(3).values, hidden
+        return (hidden * table[rows_T] + table[0]).topk(3).values, hidden
 
     found = []
     torch._dynamo.reset()
@@ -191,8 +205,8 @@ def test_work_of_generated_kernels_follows_the_sizes_of_a_call() -> None:
         hidden = size * 32
         assert product == Work(2 * size * 16 * 32, FLOAT * (size * 16 + 16 * 32 + hidden))
         fused = next(work for name, work in by_name.items() if name.startswith("cpp_fused"))
-        # In: the product, indices and as many rows; out: what is returned and what topk reads.
-        assert fused == Work(0, FLOAT * (hidden + hidden) + INT64 * size + FLOAT * 2 * hidden)
+        # In: the product, indices and as many rows, and one row more; out: what is returned and what topk reads.
+        assert fused == Work(0, FLOAT * (hidden + hidden + 32) + INT64 * size + FLOAT * 2 * hidden)
         topk = next(work for name, work in by_name.items() if "topk" in name)
         assert topk == Work(0, FLOAT * hidden + (FLOAT + INT64) * size * 3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import re
 
@@ -223,3 +224,13 @@ def test_what_is_not_separable_says_so() -> None:
     page = Page(render_profile(document))
     check_numbers(page)
     assert "not separable: as it is" in page.text
+
+
+def test_a_name_that_a_table_may_cut_shows_whole_under_the_pointer() -> None:
+    document = make_document()
+    long = "torch.ops.aten._scaled_dot_product_<flash>_attention"
+    document["stages"][0]["nodes"][1]["kind"] = long
+    document["stages"][0]["nodes"][2]["kind"] = "short"
+    page = render_profile(document)
+    assert f'title="{html.escape(long)}"' in page
+    assert 'title="short"' not in page
