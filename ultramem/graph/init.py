@@ -128,16 +128,16 @@ def _output_gain(config: MemoryConfig) -> float:
 def kept_scores(layer: UltraMemLayer, samples: int = SAMPLES, seed: int = _SEED) -> Tensor:
     """Scores [samples,H,M,C] that the layer keeps for random normalised queries; leaves the global generator alone."""
     keys = layer.score.keys_H2RNK
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn((samples, *layer.query.shape), generator=generator).to(keys.device, keys.dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    query = torch.randn((samples, *layer.query.shape), generator=generator, device="cpu").to(keys.device, keys.dtype)
     # In chunks: the scores of one query are 2 * H * r * n numbers.
     return torch.cat([layer.select(*layer.score(layer.query.norm(chunk))).scores for chunk in query.split(64)])
 
 
 def mean_top_normal(m: int, n: int, samples: int = 2000) -> float:
     """E[Y]: the mean of the m largest of n standard normals, by sampling (Appendix A)."""
-    generator = torch.Generator().manual_seed(_SEED)
-    return torch.randn(samples, n, generator=generator).topk(m).values.mean().item()
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    return torch.randn(samples, n, generator=generator, device="cpu").topk(m).values.mean().item()
 
 
 def init_linear(linear: nn.Linear, *, residual_layers: int | None = None) -> None:
