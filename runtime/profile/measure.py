@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ultramem.graph.gathered_table import in_precision
+from ultramem.graph.transformer import Transformer
 from ultramem.machine import synchronize
 from ultramem.runtime.profile.in_step import agreed
 from ultramem.runtime.profile.schema import DECODE, PREFILL
@@ -85,7 +86,7 @@ def percentile(samples: Sequence[float], share: float) -> float:
 
 @torch.no_grad()
 def check_agreement(
-    model: nn.Module, engines: Sequence[Engine], draws: Sequence[Sequence[Inputs]]
+    model: Transformer, engines: Sequence[Engine], draws: Sequence[Sequence[Inputs]]
 ) -> dict[str, Agreement]:
     """Compare every engine with eager, and eager with float64.
 
@@ -95,7 +96,7 @@ def check_agreement(
     Raises:
         WrongLogitsError: an engine's logits differ from eager's by more than 4 x eager's own error against float64.
     """
-    exact = copy.deepcopy(model).double()
+    exact = in_precision(model, torch.float64)
     first, *others = draws
     agreements = {}
     for engine in engines:

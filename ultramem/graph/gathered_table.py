@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ultramem import ops
 from ultramem.graph.quantized_table import QuantizedValueTable
+from ultramem.graph.sharded_table import ShardedValueTable
 from ultramem.graph.shared_copy import shared_copy
 from ultramem.graph.transformer import Transformer
 from ultramem.graph.value_table import ValueTable
@@ -47,10 +48,15 @@ class GatheredTable(nn.Module):
 
 
 def in_precision(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """A model that computes in `dtype` with the weights of `model`: tables are shared, all else is copied."""
+    """A model that computes in `dtype` with the weights of `model`: tables are shared, all else is copied.
+
+    Parts of tables that several ranks hold are copied too: their rows are gathered over the ranks.
+    """
 
     def gathered(module: nn.Module) -> nn.Module | None:
-        return GatheredTable(module, dtype) if isinstance(module, ValueTable | QuantizedValueTable) else None
+        if isinstance(module, ShardedValueTable) or not isinstance(module, ValueTable | QuantizedValueTable):
+            return None
+        return GatheredTable(module, dtype)
 
     return shared_copy(
         model, tensors=lambda each: each.to(dtype) if each.is_floating_point() else each, modules=gathered

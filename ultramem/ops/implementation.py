@@ -12,7 +12,8 @@ import torch
 
 
 class Implementation(enum.Enum):
-    """AUTO: Triton on CUDA tensors, the C++ kernels on CPU tensors where they are built, aten elsewhere.
+    """AUTO: Triton on CUDA tensors, the C++ kernels on CPU tensors where they are built, aten elsewhere; and aten for
+    float64 on CUDA, which the Triton kernels do not take.
 
     ATEN, TRITON, NATIVE (the C++ kernels): that one or an error. An op that has no kernel of its own for one of them
     is plain PyTorch under all of them.
@@ -57,7 +58,8 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     Raises:
         RuntimeError: the tensor is on CUDA (or TRITON is forced) and Triton is not installed.
     """
-    if not (tensor.is_cuda if _forced is Implementation.AUTO else _forced is Implementation.TRITON):
+    takes_it = tensor.is_cuda and tensor.dtype != torch.float64
+    if not (takes_it if _forced is Implementation.AUTO else _forced is Implementation.TRITON):
         return False
     if not triton_is_installed():
         raise RuntimeError(
