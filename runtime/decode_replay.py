@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ultramem.runtime.engine_cache import Room, fill, make_buffers
@@ -27,12 +28,13 @@ class DecodeReplay:
 
     Args:
         step: of the inputs, which writes keys and values to buffers in place, and takes nothing from the host.
-        inputs: of the first step; those of later ones have their shapes.
+        inputs: of the first step, on the device or on the CPU; those of later ones have their shapes.
         graphs: the device's module of graphs and streams, such as `torch.cuda`.
+        device: where the step runs.
     """
 
-    def __init__(self, step: Step, inputs: Sequence[Tensor], graphs: Any) -> None:
-        self._inputs = tuple(each.clone() for each in inputs)
+    def __init__(self, step: Step, inputs: Sequence[Tensor], graphs: Any, device: torch.device) -> None:
+        self._inputs = tuple(each.to(device, copy=True) for each in inputs)
         stream = graphs.Stream()
         stream.wait_stream(graphs.current_stream())
         with graphs.stream(stream):  # on one of its own, as recording asks for
@@ -83,7 +85,7 @@ class ReplayedRooms:
         """Run `step` for a cache in `room`: recorded at the first call for its buffers, replayed from then on."""
         held = next(each for each in self._pool[room.buffers[0].shape[0], room.capacity] if each.room() is room)
         if held.replay is None:
-            held.replay = DecodeReplay(step, inputs, self._graphs)
+            held.replay = DecodeReplay(step, inputs, self._graphs, room.buffers[0].device)
         return held.replay(inputs)
 
 

@@ -35,15 +35,21 @@ class _ModelEngine(Engine):
             raise ValueError("the model must be in eval mode to be run by an engine (call model.eval())")
         self.model = FlatModel(fold_for_inference(model, coarse_keys=None))
         self.weight = model.embedding.weight
+        self._packs = self.weight.device.type != "cpu"
 
     @property
     def cache_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
     def _run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        ids, mask, positions, *state = (tensor.to(self.weight.device) for tensor in inputs)
-        logits, *new_state = self._call(ids, mask, positions, *(tensor.to(self.weight.dtype) for tensor in state))
+        tokens, state = self._on_device(inputs[:3]), inputs[3:]
+        state = [tensor.to(self.weight.device, self.weight.dtype) for tensor in state]
+        logits, *new_state = self._call(*tokens, *state)
         return logits.cpu(), *new_state
+
+    def _on_device(self, tokens: Sequence[Tensor]) -> Sequence[Tensor]:
+        """int64 tensors from the CPU."""
+        return unpack(pack(tokens).to(self.weight.device), [each.shape for each in tokens]) if self._packs else tokens
 
     @abstractmethod
     def _call(self, *inputs: Tensor) -> Sequence[Tensor]: ...
@@ -142,39 +148,41 @@ class CompiledEngine(_ModelEngine):
             raise ValueError(
                 "cache was overwritten: an earlier cache of the same sequences has been decoded from since"
             )
-        device = self.weight.device
         positions_B1 = (mask_BP.sum(1, keepdim=True) - 1).clamp_min(0)
         # A recorded step looks at all columns: those that are not in use are like padding.
         unused = 0 if self._rooms is None else room.capacity - mask_BP.shape[1]
         seen_BP = torch.nn.functional.pad(mask_BP, (0, unused)) if unused else mask_BP
-        tokens = [each.to(device) for each in (_own_copy(input_ids_B1), seen_BP, positions_B1)]
-        column_1 = torch.tensor([column], device=device)
+        tokens = [_own_copy(input_ids_B1), seen_BP, positions_B1, torch.tensor([column])]
         convs = cache.state[self._num_keys :]
-        kind = input_ids_B1.shape[0] > 1
-        if kind not in self._traced:  # what is marked is for the compiler alone, and takes time
-            self._traced.add(kind)
-            for tensor in (tokens[0], tokens[2], *convs):
-                _mark(tensor, None)
-            for tensor, axis in ((tokens[1], 1), *((buffer, 2) for buffer in room.buffers)):
-                _mark(tensor, axis)
         del room.writers[column:]
-        logits_B1V, *new_convs = self._step(room, tokens, column_1, convs)
+        logits_B1V, *new_convs = self._step(room, tokens, convs)
         writer = object()
         room.writers.append(writer)
         return logits_B1V.cpu(), EngineCache(mask_BP, (*room.buffers, *new_convs), cache.hidden, room, writer)
 
-    def _step(
-        self, room: Room, tokens: Sequence[Tensor], column_1: Tensor, convs: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
-        """Logits [B,1,V] and new inputs of the convolutions."""
+    def _step(self, room: Room, tokens: Sequence[Tensor], convs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Logits [B,1,V] and new inputs of the convolutions, of tokens, mask, positions and column on the CPU."""
         if self._rooms is None:
-            return self._decode_graph(*tokens, column_1, *room.buffers, *convs)
+            return self._run_step(self._on_device(tokens), room.buffers, convs)
+        shapes, buffers = [each.shape for each in tokens], room.buffers  # not the room: what is recorded outlives it
 
-        def step(ids: Tensor, mask: Tensor, positions: Tensor, column: Tensor, *convs: Tensor) -> Sequence[Tensor]:
-            return self._decode_graph(ids, mask, positions, column, *room_buffers, *convs)
+        def step(packed: Tensor, *convs: Tensor) -> Sequence[Tensor]:
+            return self._run_step(unpack(packed, shapes), buffers, convs)
 
-        room_buffers = room.buffers
-        return self._rooms.step(step, room, [*tokens, column_1, *convs])
+        return self._rooms.step(step, room, [pack(tokens), *convs])
+
+    def _run_step(
+        self, tokens: Sequence[Tensor], buffers: Sequence[Tensor], convs: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        ids, mask, positions, column = tokens
+        kind = ids.shape[0] > 1
+        if kind not in self._traced:  # what is marked is for the compiler alone, and takes time
+            self._traced.add(kind)
+            for tensor in (ids, positions, *convs):
+                _mark(tensor, None)
+            for tensor, axis in ((mask, 1), *((buffer, 2) for buffer in buffers)):
+                _mark(tensor, axis)
+        return self._decode_graph(ids, mask, positions, column, *buffers, *convs)
 
     def _with_room(self, cache: EngineCache) -> EngineCache:
         """The same tokens, with room for up to `GROWTH` more."""
@@ -193,6 +201,25 @@ class CompiledEngine(_ModelEngine):
 def _own_copy(tensor: Tensor) -> Tensor:
     """A copy with strides of its own: the compiler guards them, and those of a slice of one sequence may be any."""
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """int64 tensors as one, so that a device gets them by one copy; each begins at a multiple of 16 bytes.
+
+    Compiled code counts on that, and would copy what begins elsewhere.
+    """
+    flat = [each.reshape(-1) for each in tensors]
+    return torch.cat([part for each in flat for part in (each, each.new_zeros(each.numel() % 2))])
+
+
+def unpack(packed: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """The tensors of these shapes in what `pack` made, which they share."""
+    found, start = [], 0
+    for shape in shapes:
+        size = shape.numel()
+        found.append(packed[start : start + size].view(shape))
+        start += size + size % 2
+    return found
 
 
 def _mark(tensor: Tensor, length_axis: int | None) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ultramem
+from ultramem.graph.transformer import attend_one
 from ultramem.graph.weights import save_weights, write_config
 
 
@@ -161,3 +162,19 @@ def test_load_refuses_what_is_not_a_run(model, tmp_path):
 def test_bad_model_fields_are_named(model_config, changes, message):
     with pytest.raises(ValueError, match=message):
         replace(model_config, **changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_one_query_is_scaled_dot_product_attention(dtype):
+    """As near to float64 as PyTorch's own; padding is not looked at, whatever finite numbers stand there."""
+    query, key, value = (torch.randn(3, 4, columns, 8, dtype=torch.float64) for columns in (1, 37, 37))
+    mask = torch.rand(3, 1, 1, 37) < 0.6
+    mask[..., 20] = True
+    mask[2] = torch.arange(37) == 20  # one column alone
+    key[~mask.expand(3, 4, 1, 37).squeeze(2)] = 1e4
+    rounded = [each.to(dtype) for each in (query, key, value)]
+    exact = torch.nn.functional.scaled_dot_product_attention(*(each.double() for each in rounded), attn_mask=mask)
+    plain = torch.nn.functional.scaled_dot_product_attention(*rounded, attn_mask=mask)
+    found = attend_one(*rounded, mask)
+    assert found.dtype == dtype
+    assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max() + torch.finfo(dtype).eps

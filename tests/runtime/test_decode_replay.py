@@ -161,7 +161,7 @@ def test_a_cache_is_decoded_from_as_often_as_one_likes(ultramem: Any) -> None:
 
 def test_a_step_that_asks_the_host_is_refused() -> None:
     with pytest.raises(RuntimeError, match="the host reads a value"):
-        DecodeReplay(lambda x: [x * x.sum().item()], [torch.ones(2)], Graphs())
+        DecodeReplay(lambda x: [x * x.sum().item()], [torch.ones(2)], Graphs(), torch.device("cpu"))
 
 
 def test_there_are_no_graphs_on_a_cpu() -> None:

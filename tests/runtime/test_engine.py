@@ -6,7 +6,7 @@ from exported import CONFIG, DENSE, build, export_once, once
 
 from ultramem.export import ExportOptions, export_model
 from ultramem.runtime.engine import ENGINES, AotEngine, CompiledEngine, EagerEngine, OnnxEngine, open_engine
-from ultramem.runtime.model_engine import GROWTH
+from ultramem.runtime.model_engine import GROWTH, pack, unpack
 
 STEPS = 32
 
@@ -123,6 +123,29 @@ def test_no_recompile_over_lengths_after_the_warm_up(compiled):
         _, cache = compiled.prefill(torch.ones(batch, length, dtype=torch.int64))
         for _ in range(3):
             _, cache = compiled.decode(torch.ones(batch, 1, dtype=torch.int64), cache)
+
+
+def test_tokens_that_come_in_one_copy_compile_as_those_of_their_own(model, warm):
+    """As they reach a GPU."""
+    engine = CompiledEngine(model)
+    engine._packs = True
+    for batch in (1, 3):
+        prompt, token = torch.randint(61, (batch, 8)), torch.randint(61, (batch, 1))
+        for length in (8, 5, 2):
+            with torch._dynamo.config.patch(error_on_recompile=length < 8):
+                (logits, cache), (expected, plain) = (each.prefill(prompt[:, :length]) for each in (engine, warm))
+                assert torch.equal(logits, expected)
+                for _ in range(2):
+                    (logits, cache), (expected, plain) = engine.decode(token, cache), warm.decode(token, plain)
+                    assert torch.equal(logits, expected)
+
+
+def test_packed_tensors_begin_at_multiples_of_16_bytes():
+    tensors = [torch.arange(3).view(3, 1), torch.arange(10).view(2, 5), torch.tensor([7]), torch.arange(4)]
+    found = unpack(pack(tensors), [each.shape for each in tensors])
+    assert all(torch.equal(each, tensor) for each, tensor in zip(found, tensors, strict=True))
+    assert all(each.storage_offset() % 2 == 0 for each in found)
+    assert len({each.untyped_storage().data_ptr() for each in found}) == 1
 
 
 def test_slices_of_one_sequence_compile_nothing_anew(compiled):

@@ -79,8 +79,24 @@ class Attention(nn.Module):
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is not None:
             key, value = cache.append(self.index, key, value)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_B1SP, is_causal=mask_B1SP is None)
+        if isinstance(cache, StaticCache) and query.is_cuda:
+            assert mask_B1SP is not None
+            mixed = attend_one(query, key, value, mask_B1SP)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_B1SP, is_causal=mask_B1SP is None)
         return self.out(mixed.transpose(1, 2).flatten(2)), key, value
+
+
+def attend_one(query_BA1X: Tensor, key_BAPX: Tensor, value_BAPX: Tensor, mask_B11P: Tensor) -> Tensor:
+    """Scaled dot-product attention [B,A,1,X] of one query, for compilers on a GPU.
+
+    The kernels of `F.scaled_dot_product_attention` that take a mask give a head to one multiprocessor, which alone goes
+    through all columns. These sums are divided among many, and nothing of the size of [B,A,P,X] is written.
+    """
+    wide = accumulation_dtype(query_BA1X.dtype)
+    score_BAP = (query_BA1X.to(wide) * key_BAPX.to(wide)).sum(-1) * query_BA1X.shape[-1] ** -0.5
+    weight_BAP = score_BAP.masked_fill(~mask_B11P[:, 0], -torch.inf).softmax(-1)
+    return (weight_BAP.unsqueeze(-1) * value_BAPX.to(wide)).sum(-2, keepdim=True).to(query_BA1X.dtype)
 
 
 def rotary_table(
