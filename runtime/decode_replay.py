@@ -21,6 +21,8 @@ from ultramem.runtime.engine_cache import Room, fill, make_buffers
 Step = Callable[..., Sequence[Tensor]]
 _WARM_UP = 3
 """Runs before the recording: what compiles or asks for workspaces at its first calls does so there."""
+_MOST_FREE = 4
+"""Buffers without a cache, of any size, that are kept for the next one."""
 
 
 class DecodeReplay:
@@ -62,28 +64,33 @@ class ReplayedRooms:
 
     def __init__(self, graphs: Any) -> None:
         self._graphs = graphs
-        self._pool: dict[tuple[int, ...], list[_Buffers]] = {}
+        self._held: list[_Buffers] = []
+        """In the order in which they were last given to a cache."""
 
     def make(self, keys_and_values: Sequence[Tensor], num_columns: int, capacity: int) -> Room:
         """A room of `capacity` columns with the first `num_columns` of these, the others 0: a step looks at them all,
         and what is hidden from it must be finite all the same.
         """
-        first = keys_and_values[0]
-        free = self._pool.setdefault((first.shape[0], capacity), [])
-        held = next((each for each in free if each.room() is None), None)
+        size = (keys_and_values[0].shape[0], capacity)
+        held = next((each for each in self._held if each.is_free and each.size == size), None)
         if held is None:
             held = _Buffers(make_buffers(keys_and_values, capacity))
-            free.append(held)
+        else:
+            self._held.remove(held)
         fill(held.tensors, keys_and_values, num_columns)
         for buffer in held.tensors:
             buffer[:, :, num_columns:] = 0
         room = Room(held.tensors, num_columns)
         held.room = weakref.ref(room)
+        free = [each for each in self._held if each.is_free]
+        for oldest in free[: max(0, len(free) - _MOST_FREE)]:
+            self._held.remove(oldest)
+        self._held.append(held)
         return room
 
     def step(self, step: Step, room: Room, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run `step` for a cache in `room`: recorded at the first call for its buffers, replayed from then on."""
-        held = next(each for each in self._pool[room.buffers[0].shape[0], room.capacity] if each.room() is room)
+        held = next(each for each in self._held if each.room() is room)
         if held.replay is None:
             held.replay = DecodeReplay(step, inputs, self._graphs, room.buffers[0].device)
         return held.replay(inputs)
@@ -96,3 +103,13 @@ class _Buffers:
         self.tensors = tensors
         self.room: Callable[[], Room | None] = lambda: None
         self.replay: DecodeReplay | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the cache that had them is gone."""
+        return self.room() is None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Sequences, and columns of room."""
+        return self.tensors[0].shape[0], self.tensors[0].shape[2]

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ultramem.cli import main
+from ultramem.device_cli import inference_device
 from ultramem.export.onnx_plugin import find_plugin
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--sequence-length", "16", "--no-compile", "--eval-every", "0"]
@@ -190,6 +192,27 @@ def test_bad_input_is_one_line_and_writes_nothing(words, said, tmp_path, capsys,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_auto_is_a_gpu_where_all_that_is_asked_for_runs_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    models, exports = ["eager", "compile"], ["eager", "onnx"]
+    assert inference_device("auto", models) == "cuda"
+    assert inference_device("auto", models, mmap=True, pinned_tables=True) == "cuda"
+    assert inference_device("cuda:0", models, pinned_tables=True) == "cuda:0"
+    assert inference_device("cpu", models) == "cpu"
+    for engines, options, said in (
+        (exports, {}, "device must be auto or cpu for engine 'onnx', which runs an export, got 'cuda'"),
+        (models, {"mmap": True}, "device must be auto or cpu for mapped weights"),
+        (models, {"ranks": 2}, "device must be auto or cpu where 2 ranks share a model, got 'cuda'"),
+    ):
+        assert inference_device("auto", engines, **options) == "cpu"
+        with pytest.raises(ValueError, match=said):
+            inference_device("cuda", engines, **options)
+    for options in ({"ranks": 2}, {}):
+        with pytest.raises(ValueError, match="pinned_tables needs a model on a GPU"):
+            inference_device("auto" if options else "cpu", models, pinned_tables=True, **options)
+
+
 def test_bad_toml_is_named(text, tmp_path, capsys):
     toml = tmp_path / "options.toml"
     base = ["train", "--preset", "dense-tiny", "--data", text, "--out", tmp_path / "run", "--config", toml]
@@ -257,6 +280,13 @@ def test_a_corrupt_checkpoint_is_one_line(run, text, tmp_path, capsys):
             "profiled is for aoti, whose kernels",
         ),
         (["profile", "nowhere", "--out", "x"], "target must be a run folder or one of dense-151m"),
+        (
+            ["generate", "RUN", "--prompt", "x", "--device", "tpu"],
+            "device must be auto, cpu, cuda or cuda:N, got 'tpu'",
+        ),
+        (["generate", "RUN", "--prompt", "x", "--pinned-tables", "--mmap"], "pinned_tables needs a model on a GPU"),
+        (["profile", "ultramem-tiny", "--device", "cuda:99", "--out", "x"], "CUDA devices here, got 'cuda:99'"),
+        (["profile", "ultramem-tiny", "--pinned-tables", "--out", "x"], "pinned_tables needs a model on a GPU"),
         (["profile", "ultramem-tiny", "--mmap", "--out", "x"], "mmap maps the weights of a run folder"),
         (["profile", "RUN", "--engine", "eager,warp", "--out", "x"], "engine must be of eager, compile, onnx, aoti"),
         (["profile", "RUN", "--batch", "1,zero", "--out", "x"], "batch must be numbers of at least 1"),

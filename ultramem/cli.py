@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ultramem.config import TrainConfig, from_dict
 from ultramem.data_cli import add_data_commands
-from ultramem.generate_cli import EXPORTS, add_generate_command, add_placement_option
+from ultramem.device_cli import EXPORTS
+from ultramem.generate_cli import add_generate_command, add_placement_option
 from ultramem.input_errors import INPUT_ERRORS, one_line
 from ultramem.plan_cli import add_plan_command
 from ultramem.profile_cli import add_profile_command

@@ -19,9 +19,9 @@ def add_figure_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--figure", choices=FIGURES, metavar="N", help="instead: figure 1, 6 or 7 of the paper")
     parser.add_argument(
         "--device",
-        choices=DEVICES,
         metavar="D",
-        help=f"of --figure: {', '.join(DEVICES)} (default: this, which is measured too)",
+        help="auto, cpu, cuda or cuda:N (default: auto, a GPU if there is one and the engines run there); of --figure: "
+        f"{', '.join(DEVICES)} (default: this, which is measured too)",
     )
     parser.add_argument("--conditions", metavar="TEXT", help="of --figure: what else runs here, for the record")
     parser.set_defaults(figure_parser=parser)
@@ -38,6 +38,8 @@ def make_figure_of(args: argparse.Namespace) -> dict[str, Any]:
         if name not in (*_OURS, *_INTERNAL) and value != args.figure_parser.get_default(name):
             accepted = ", ".join(f"--{each}" for each in _OURS[1:4])
             raise ValueError(f"{name} must not be given with --figure, which takes {accepted}, got {value!r}")
+    if args.device is not None and args.device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)} with --figure, got {args.device!r}")
     if args.out.exists() and not args.out.is_dir():
         raise FileExistsError(f"out: {args.out} exists and is not a folder")
     from ultramem.graph.weights import write_atomically
@@ -72,8 +74,9 @@ def refuse_without_figure(args: argparse.Namespace) -> None:
     Raises:
         ValueError: an option of figures stands without --figure, or there is nothing to profile.
     """
-    for name in ("device", "conditions"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"{name} needs --figure {', '.join(FIGURES)}, got {getattr(args, name)!r}")
+    if args.conditions is not None:
+        raise ValueError(f"conditions needs --figure {', '.join(FIGURES)}, got {args.conditions!r}")
+    if args.device in DEVICES:
+        raise ValueError(f"device needs --figure {', '.join(FIGURES)}, got {args.device!r}")
     if args.target is None:
         raise ValueError(f"target must be a run folder or a preset where --figure {', '.join(FIGURES)} is not given")

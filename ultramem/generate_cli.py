@@ -9,6 +9,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ultramem.device_cli import EXPORTS, add_pinned_option, inference_device, load_there
+
 if TYPE_CHECKING:
     from ultramem.graph.table_shard import TableShard
     from ultramem.runtime.distributed import Ranks
@@ -16,8 +18,7 @@ if TYPE_CHECKING:
     from ultramem.runtime.generate import Event, Request
     from ultramem.runtime.tokenizer import Tokenizer
 
-ENGINES = ("eager", "compile", "onnx", "aoti", "tensorrt")
-EXPORTS = ("onnx", "aoti", "tensorrt")
+ENGINES = ("eager", "compile", *EXPORTS)
 
 
 def add_generate_command(command: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
@@ -36,6 +37,10 @@ def add_generate_command(command: Callable[[str, Any, str], argparse.ArgumentPar
         "--max-cache-bytes", type=int, metavar="N", help="of keys and values of those (default: as memory lasts)"
     )
     sub.add_argument("--engine", default="eager", choices=ENGINES, help="(default: eager)")
+    sub.add_argument(
+        "--device", default="auto", help="of eager and compile: auto, cpu, cuda or cuda:N (default: auto, a GPU if any)"
+    )
+    add_pinned_option(sub)
     sub.add_argument("--mmap", action="store_true", help="map the weights from their file instead of reading them")
     sub.add_argument("--artifact", type=Path, metavar="DIR", help="export folder (default: RUN/exports/ENGINE)")
     add_placement_option(sub)
@@ -75,11 +80,14 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     try:
         with inference_ranks(config, args.table_placement) as (ranks, shard, reason):
             require_model_engine(ranks, args.engine)
+            device = inference_device(
+                args.device, [args.engine], mmap=args.mmap, pinned_tables=args.pinned_tables, ranks=ranks.size
+            )
             chosen = {name: value for name, value in vars(args).items() if name != "run"}
             require_agreement(ranks, {"arguments": str(chosen), "model": str(config)})
             if reason and ranks.is_main and args.engine not in EXPORTS:
                 print(reason, file=sys.stderr)
-            result = _generate_on(ranks, shard, tokenizer, requests, args)
+            result = _generate_on(ranks, shard, tokenizer, requests, device, args)
     except LostRankError as error:
         print(f"ultramem generate: lost another rank ({error})", file=sys.stderr)
         sys.exit(1)
@@ -91,7 +99,12 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate_on(
-    ranks: Ranks, shard: TableShard | None, tokenizer: Tokenizer, requests: list[Request], args: argparse.Namespace
+    ranks: Ranks,
+    shard: TableShard | None,
+    tokenizer: Tokenizer,
+    requests: list[Request],
+    device: str,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Every rank does the same, and the main one prints. A signal to one of them cancels the requests of all."""
     from ultramem.runtime.generate import Generator
@@ -99,7 +112,7 @@ def _generate_on(
 
     with stop_signals() if ranks.size > 1 else nullcontext(StopFlag()) as stop:
         generator = Generator(
-            _engine(args.engine, args.run_folder, args.artifact, mmap=args.mmap)
+            _engine(args, device)
             if shard is None
             else _engine_of_part(args.engine, args.run_folder, args.artifact, mmap=args.mmap, shard=shard),
             tokenizer=tokenizer,
@@ -148,12 +161,12 @@ class _InOrder:
             yield "\n\n" if self._waiting else "\n"
 
 
-def _engine(name: str, run_folder: Path, artifact: Path | None, *, mmap: bool = False) -> Engine:
+def _engine(args: argparse.Namespace, device: str) -> Engine:
     """An engine for a run; what it needs is exported first if it is not there."""
-    from ultramem.graph.weights import load
     from ultramem.runtime.engine import OnnxEngine, open_engine
 
-    model = load(run_folder, mmap=mmap)
+    name, run_folder, artifact = args.engine, args.run_folder, args.artifact
+    model = load_there(run_folder, device, mmap=args.mmap, pinned_tables=args.pinned_tables)
     if name in EXPORTS and artifact is None:
         artifact = run_folder / "exports" / name
         if not artifact.exists():

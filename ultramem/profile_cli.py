@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ultramem.device_cli import add_pinned_option, inference_device, load_there
 from ultramem.figure_cli import add_figure_options, make_figure_of, refuse_without_figure
 from ultramem.generate_cli import ENGINES, add_placement_option
 
@@ -39,6 +40,7 @@ def add_profile_command(command: Callable[[str, Any, str], argparse.ArgumentPars
     sub.add_argument(
         "--seconds", type=float, default=1.0, metavar="S", help="for each engine, batch and phase (default: 1)"
     )
+    add_pinned_option(sub)
     sub.add_argument("--mmap", action="store_true", help="map the weights of a RUN from their file")
     sub.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="folder for profile.json, trace.json and report.html"
@@ -80,7 +82,10 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
                 require_agreement(ranks, {"arguments": str({**vars(args), "run": None})})
             if reason and ranks.is_main:
                 print(reason, file=sys.stderr)
-            document = _profile_on(ranks, shard, engines, batches, args)
+            device = inference_device(
+                args.device or "auto", engines, mmap=args.mmap, pinned_tables=args.pinned_tables, ranks=ranks.size
+            )
+            document = _profile_on(ranks, shard, engines, batches, device, args)
     except LostRankError as error:
         print(f"ultramem profile: lost another rank ({error})", file=sys.stderr)
         sys.exit(1)
@@ -90,7 +95,12 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _profile_on(
-    ranks: Ranks, shard: TableShard | None, engines: list[str], batches: list[int], args: argparse.Namespace
+    ranks: Ranks,
+    shard: TableShard | None,
+    engines: list[str],
+    batches: list[int],
+    device: str,
+    args: argparse.Namespace,
 ) -> dict[str, Any] | None:
     """The document, on the main rank, which writes and prints it; all ranks measure."""
     from ultramem.graph.weights import write_atomically
@@ -106,7 +116,7 @@ def _profile_on(
         raise ValueError(
             f"fail_if needs a baseline to compare with (--baseline FILE), got {args.fail_if!r} without one"
         )
-    model, exports = _model_to_profile(args.target, args.out, mmap=args.mmap, shard=shard)
+    model, exports = _model_to_profile(args, device, shard)
     if args.out.exists() and not args.out.is_dir():
         raise FileExistsError(f"out: {args.out} exists and is not a folder")
     baseline, beside = _check_earlier(args, model, engines, batches)
@@ -163,7 +173,7 @@ def _check_earlier(
         new_tokens=args.new_tokens,
         seconds_per_cell=args.seconds,
     )
-    machine = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
+    machine = {"device": device_name(model.embedding.weight.device), "threads": torch.get_num_threads()}
     planned = plain(dataclasses.asdict(settings))
     baseline = None if args.baseline is None else read_profile(args.baseline, "baseline")
     beside = [read_profile(path, "beside") for path in args.beside]
@@ -200,22 +210,25 @@ def _machine_of_main(ranks: Ranks) -> Machine | None:
     return found[0]
 
 
-def _model_to_profile(
-    target: str, out: Path, *, mmap: bool = False, shard: TableShard | None = None
-) -> tuple[Transformer, Path]:
+def _model_to_profile(args: argparse.Namespace, device: str, shard: TableShard | None) -> tuple[Transformer, Path]:
     """The model of a run folder, or a preset's with fresh weights; and where its exported engines belong."""
     import torch
 
+    from ultramem.graph.pinned_tables import pin_tables
     from ultramem.graph.transformer import build_model
     from ultramem.graph.weights import load
     from ultramem.presets import preset
 
-    if Path(target).is_dir():
-        return load(target, mmap=mmap, shard=shard), Path(target) / "exports"
-    if mmap:
-        raise ValueError(f"mmap maps the weights of a run folder: the preset {target!r} has no file of them")
+    target = Path(args.target)
+    if target.is_dir():
+        if shard is not None:
+            return load(target, mmap=args.mmap, shard=shard), target / "exports"
+        return load_there(target, device, mmap=args.mmap, pinned_tables=args.pinned_tables), target / "exports"
+    if args.mmap:
+        raise ValueError(f"mmap maps the weights of a run folder: the preset {args.target!r} has no file of them")
     torch.manual_seed(0)  # the same weights at every call, so that profiles of a preset can be compared
-    return build_model(preset(target), shard=shard).eval(), out / "exports"
+    model = build_model(preset(args.target), device="cpu" if args.pinned_tables else device, shard=shard).eval()
+    return pin_tables(model, device) if args.pinned_tables else model, args.out / "exports"
 
 
 def _choices(name: str, text: str, accepted: Sequence[str]) -> list[str]:

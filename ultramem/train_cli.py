@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ultramem
 from ultramem.config import ParallelConfig, TrainConfig, to_dict
+from ultramem.device_cli import parse_device
 from ultramem.input_errors import INPUT_ERRORS
 from ultramem.ranks_cli import ending_of_ranks
 
@@ -94,7 +95,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
             assert problem is not None
             raise problem
         try:
-            with join_ranks(recipe.train.parallel, _device(args.device), meeting) as ranks:
+            with join_ranks(recipe.train.parallel, parse_device(args.device), meeting) as ranks:
                 result = _train_on(ranks, recipe, args)
         except Stopped as stop:
             if meeting is not None:
@@ -149,7 +150,7 @@ def _description(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         "data": recipe.data,
         "out": str(args.out),
         "resume": args.resume,
-        "device": torch.device(_device(args.device)).type,
+        "device": torch.device(parse_device(args.device)).type,
         "ultramem": ultramem.__version__,
         "torch": torch.__version__,
     }
@@ -176,7 +177,7 @@ def _train_on(ranks: Ranks, recipe: Recipe, args: argparse.Namespace) -> Result:
             corpus,
             args.out,
             resume=args.resume,
-            device=_device(args.device) if ranks.device is None else ranks.device,
+            device=parse_device(args.device) if ranks.device is None else ranks.device,
             tensorboard=args.tensorboard and ranks.is_main,
             progress=progress,
             ranks=ranks,
@@ -187,22 +188,6 @@ def _given(args: argparse.Namespace, cls: type[TrainConfig | ParallelConfig]) ->
     """The fields that flags set."""
     values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must be one of the {torch.cuda.device_count()} CUDA devices here, got {name!r}")
-    return name
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:

@@ -134,6 +134,20 @@ def test_the_next_cache_of_a_size_takes_over_the_recording(ultramem: Any) -> Non
     assert graphs.recorded == 2
 
 
+def test_few_buffers_are_kept_for_caches_to_come(ultramem: Any) -> None:
+    """Of many sizes, those that were used last."""
+    engine, graphs, _ = ultramem
+    tokens = torch.ones(9, 3, dtype=torch.int64)
+    for batch in (*range(1, 8), 7):
+        logits_after(engine, tokens[:batch], tokens[:batch, :1])
+        gc.collect()
+    assert graphs.recorded == 7
+    held = engine._rooms._held
+    assert [each.size[0] for each in held] == [3, 4, 5, 6, 7]
+    alive = [engine.prefill(tokens[:batch])[1] for batch in (8, 9)]
+    assert [each.size[0] for each in held if not each.is_free] == [cache.mask_BP.shape[0] for cache in alive]
+
+
 def test_caches_that_live_side_by_side_have_buffers_of_their_own(ultramem: Any) -> None:
     engine, graphs, eager = ultramem
     prompts = torch.randint(engine.config.vocab_size, (2, 2, 5))

@@ -556,7 +556,10 @@ def test_the_command_writes_json_and_page(tmp_path, capsys):
     [
         (["--out", "x"], "target must be a run folder or a preset where --figure 1, 6, 7 is not given"),
         (["--figure", "2", "--out", "x"], "argument --figure: invalid choice: '2' (choose from "),
-        (["--figure", "1", "--device", "abacus", "--out", "x"], "argument --device: invalid choice: 'abacus'"),
+        (
+            ["--figure", "1", "--device", "abacus", "--out", "x"],
+            "device must be one of a100, h100, h200, this with --figure",
+        ),
         (["--figure", "1"], "the following arguments are required: --out"),
         (["dense-tiny", "--device", "h100", "--out", "x"], "device needs --figure 1, 6, 7, got 'h100'"),
         (["dense-tiny", "--figure", "1", "--out", "x"], "target must not be given with --figure, which takes --device"),

@@ -96,7 +96,8 @@ def attend_one(query_BA1X: Tensor, key_BAPX: Tensor, value_BAPX: Tensor, mask_B1
     wide = accumulation_dtype(query_BA1X.dtype)
     score_BAP = (query_BA1X.to(wide) * key_BAPX.to(wide)).sum(-1) * query_BA1X.shape[-1] ** -0.5
     weight_BAP = score_BAP.masked_fill(~mask_B11P[:, 0], -torch.inf).softmax(-1)
-    return (weight_BAP.unsqueeze(-1) * value_BAPX.to(wide)).sum(-2, keepdim=True).to(query_BA1X.dtype)
+    mixed_BA1X: Tensor = (weight_BAP.unsqueeze(-1) * value_BAPX.to(wide)).sum(-2, keepdim=True)
+    return mixed_BA1X.to(query_BA1X.dtype)
 
 
 def rotary_table(
