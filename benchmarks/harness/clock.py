@@ -1,4 +1,4 @@
-"""Clocks: wall time on a CPU; events, a flushed cache and, for decode shapes, CUDA graphs on a GPU."""
+"""Clocks: wall time on a CPU, and of what ends on the host; events, a flushed cache and CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUEUE_CYCLES = 2_000_000  # about a millisecond, in which the host launches all 
 GRAPH_CALLS = 16  # in one CUDA graph, each with inputs of its own: what one launch of the graph costs is shared
 
 
-class CpuClock:
+class WallClock:
     """Wall time of a call. Inputs are drawn before the burst, results dropped between calls."""
 
     def how(self, contender: Contender) -> str:
@@ -117,5 +117,5 @@ def _tensors(inputs: Any) -> list[Tensor]:
     return [member for member in members if isinstance(member, Tensor)]
 
 
-def clock_for(device: torch.device, *, graph: bool) -> Clock:
-    return GpuClock(device, graph=graph) if device.type == "cuda" else CpuClock()
+def clock_for(device: torch.device, *, graph: bool, wall: bool = False) -> Clock:
+    return GpuClock(device, graph=graph) if device.type == "cuda" and not wall else WallClock()

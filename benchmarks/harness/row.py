@@ -51,6 +51,8 @@ class Row:
     """Part of `--quick`."""
     graph: bool = False
     """On a GPU, timed inside a CUDA graph: a decode shape."""
+    wall: bool = False
+    """On a GPU, wall time of calls that end with a result on the host, instead of the device's."""
     priority: int = 5
     """On a GPU, where time is short: lower ones first."""
 

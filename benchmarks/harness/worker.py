@@ -78,7 +78,7 @@ def measure_row(
     spent = Spent(turns)
     with spent.on("build"), turns.shared():
         case = build(row, device)
-        clock = clock_for(device, graph=row.graph) if case.measures == "time" else None
+        clock = clock_for(device, graph=row.graph, wall=row.wall) if case.measures == "time" else None
     records: dict[str, dict[str, Any]] = {}
     ready: dict[str, Contender] = {}
     for name, make in case.contenders.items():

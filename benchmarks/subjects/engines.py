@@ -1,6 +1,7 @@
-"""A decode step of the tiny models on every engine of a CPU.
+"""A decode step on every engine: of the tiny models on a CPU, of those of the paper's 151M rows on a GPU.
 
-Rows of one family share an export, which lies under `runs/benchmarks/exports` by a digest of what it is made from.
+On a CPU, rows of one family share an export, which lies under `runs/benchmarks/exports` by a digest of what it is made
+from.
 
 Shapes: B batch, S prompt, V vocabulary.
 """
@@ -16,20 +17,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness.contender import Case, Contender, Role, UnavailableError, WrongResultError
+from benchmarks.harness.contender import Case, Contender, Floor, Role, UnavailableError, WrongResultError
 from benchmarks.harness.row import Row, Suite
 from benchmarks.harness.source import ROOT
-from ultramem import build_model, preset
+from benchmarks.subjects.shapes import REHEARSAL, dtype_of
+from ultramem import ModelConfig, build_model, preset
+from ultramem.graph import Transformer
+from ultramem.graph.pinned_tables import pin_tables
 
 FAMILIES = ("dense", "moe", "pkm", "ultramem")
+PRESETS = {
+    ("dense", "151m"): "dense-151m",
+    ("moe", "151m"): "moe-151m-2in32",
+    ("pkm", "151m"): "pkm-151m-x12",
+    ("ultramem", "151m"): "ultramem-151m-x12",
+}
 PROMPT = 64
 EXPORTS = ROOT / "runs" / "benchmarks" / "exports"
 DRAWS = 3  # of tokens: the first must agree with eager, or all others
 
 
 def rows(suite: Suite) -> list[Row]:
-    if suite == "gpu":  # where that suite runs there is neither ONNX Runtime for CUDA nor a package of AOTInductor
-        return []
+    if suite == "gpu":
+        return [
+            Row(
+                subject="engines",
+                variant=family,
+                size="151m",
+                tokens=batch,
+                dtype="bfloat16",
+                limit_s=150,
+                wall=True,
+                priority=6,
+                device_gb=45.0,  # a mixture's experts in float64, to compare with
+            )
+            for family in ("ultramem", "dense", "moe", "pkm")
+            for batch in (1, 64)
+        ]
     return [
         Row(
             subject="engines",
@@ -53,16 +77,31 @@ class Step(NamedTuple):
 
 
 def build(row: Row, device: torch.device) -> Case:
+    try:
+        return _build(row, device)
+    except ImportError as error:  # the engines need more than torch, Triton and pytest
+        problem = str(error)
+
+    def unavailable() -> Contender:
+        raise UnavailableError(problem)
+
+    return Case(contenders={"eager": unavailable})
+
+
+def _build(row: Row, device: torch.device) -> Case:
     from ultramem.runtime.engine import AotEngine, CompiledEngine, EagerEngine, Engine, OnnxEngine
     from ultramem.runtime.profile.measure import Inputs, WrongLogitsError, check_agreement, draw_inputs
 
-    config = preset(f"{row.variant}-tiny")
+    config = preset(PRESETS.get((row.variant, row.size), f"{row.variant}-tiny"))
     torch.manual_seed(0)
-    model = build_model(config).eval().requires_grad_(False)
+    model = build_model(config, device=device, dtype=dtype_of(row)).eval().requires_grad_(False)
     seeds = itertools.count()
+    prompt = 2 if row.size == REHEARSAL else PROMPT
+    shape = {"batch": row.tokens, "cached_tokens": prompt}
+    floor = _floor(config, row.tokens, prompt, model.embedding.weight.element_size())
 
     def drawn() -> Inputs:
-        return draw_inputs(config.vocab_size, batch=row.tokens, prompt_tokens=PROMPT, seed=next(seeds))
+        return draw_inputs(config.vocab_size, batch=row.tokens, prompt_tokens=prompt, seed=next(seeds))
 
     def contender(role: Role, settings: str, engine: Engine) -> Contender:
         def prepare() -> Step:
@@ -89,14 +128,48 @@ def build(row: Row, device: torch.device) -> Case:
             raise UnavailableError(problem)
         return OnnxEngine(folder, plugin=True)
 
+    eager = {"eager": lambda: contender("ours", "the model, constants folded", EagerEngine(model))}
+    if row.size == REHEARSAL:  # the interpreter's kernels cannot be traced
+        return Case(contenders=eager, shape=shape, floor=floor)
+    if row.wall:
+        contenders = {
+            **eager,
+            "eager, side stream": lambda: contender(
+                "ours", "memory layers on a stream of their own", EagerEngine(_with_tables(model), beside=True)
+            ),
+            "compile": lambda: contender("ours", "torch.compile", CompiledEngine(model, replay=False)),
+            "compile, CUDA graph": lambda: contender("ours", "steps recorded", CompiledEngine(model, replay=True)),
+            "compile, CUDA graph, pinned tables": lambda: contender(
+                "ours",
+                "rows in the host's memory",
+                CompiledEngine(pin_tables(_with_tables(model), device), replay=True),
+            ),
+        }
+        return Case(contenders=contenders, shape=shape, floor=floor)
     contenders = {
-        "eager": lambda: contender("ours", "the model, constants folded", EagerEngine(model)),
+        **eager,
         "compile": lambda: contender("ours", "torch.compile, constants folded", CompiledEngine(model)),
         "AOTInductor": lambda: exported("aoti", AotEngine, "model.pt2"),
         "ONNX Runtime": lambda: exported("onnx", lambda each: OnnxEngine(each, plugin=False), "standard operators"),
         "ONNX Runtime, plugin": lambda: exported("onnx", plugin, "the plugin library's kernels"),
     }
-    return Case(contenders=contenders, shape={"batch": row.tokens, "cached_tokens": PROMPT})
+    return Case(contenders=contenders, shape=shape, floor=floor)
+
+
+def _floor(config: ModelConfig, batch: int, prompt: int, element_bytes: int) -> Floor:
+    """What the step must move and compute, by arithmetic."""
+    from ultramem.runtime.profile.arithmetic import stage_costs
+
+    costs = stage_costs(config, batch=batch, new_tokens=1, cached_tokens=prompt, element_bytes=element_bytes)
+    return Floor(
+        read_bytes=sum(each.total_bytes for each in costs), write_bytes=0, flops=sum(each.flops for each in costs)
+    )
+
+
+def _with_tables(model: Transformer) -> Transformer:
+    if model.config.memory is None:
+        raise UnavailableError("the model has no memory layers")
+    return model
 
 
 def _export(model: Any, family: str, engine: str) -> Path:

@@ -29,8 +29,7 @@ def pin_tables(model: Model, device: torch.device | str) -> Model:
     room for. Locked memory cannot be swapped out. The copy is for inference, and takes no gradients.
 
     Args:
-        model: on the CPU (`ultramem.load(..., mmap=True)` has its tables in no memory of the process's own); stays as
-            it is.
+        model: stays as it is. `ultramem.load(..., mmap=True)` has tables in no memory of the process's own.
         device: of CUDA.
 
     Raises:
@@ -45,8 +44,7 @@ def pin_tables(model: Model, device: torch.device | str) -> Model:
     rows = {tensor.data_ptr() for tensor in tensors if tensor.ndim == 2}  # scales of rows go to the device
 
     def moved(tensor: Tensor) -> Tensor:
-        stays = tensor.is_cpu and tensor.data_ptr() in rows
-        return seen_from(device, tensor) if stays else tensor.to(device)
+        return seen_from(device, tensor) if tensor.data_ptr() in rows else tensor.to(device)
 
     pinned = shared_copy(model, tensors=moved)
     for module in pinned.modules():
@@ -56,7 +54,7 @@ def pin_tables(model: Model, device: torch.device | str) -> Model:
 
 
 def seen_from(device: torch.device, tensor: Tensor) -> Tensor:
-    """A tensor on a CUDA `device` with the numbers of a contiguous one on the CPU, which lie in locked pages there.
+    """A tensor on a CUDA `device` with the numbers of another, which lie in locked pages of the host.
 
     Raises:
         RuntimeError: the system will not lock so much memory.
