@@ -89,8 +89,9 @@ class CompiledEngine(_ModelEngine):
 
     Args:
         model: in eval mode.
-        replay: decode steps are recorded as CUDA graphs and replayed. A step looks at all the columns that there is
-            room for, and its buffers stay allocated. For GPUs.
+        replay: decode steps are recorded as CUDA graphs and replayed, one launch in the place of as many as there are
+            kernels. A step looks at all the columns that there is room for, and buffers of the last few sizes stay
+            allocated. None: on a GPU.
 
     Raises:
         ValueError: the model is in training mode, or `replay` is asked for on a CPU.
@@ -98,9 +99,11 @@ class CompiledEngine(_ModelEngine):
 
     name = "compile"
 
-    def __init__(self, model: Transformer, *, replay: bool = False) -> None:
+    def __init__(self, model: Transformer, *, replay: bool | None = None) -> None:
         super().__init__(model)
         device = self.weight.device
+        if replay is None:
+            replay = device.type != "cpu"
         if replay and device.type == "cpu":
             raise ValueError("replay must be False on a CPU, which records no graphs, got True")
         self._rooms = ReplayedRooms(torch.get_device_module(device)) if replay else None
