@@ -8,6 +8,7 @@ from __future__ import annotations
 import types
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -118,6 +119,10 @@ class CompiledEngine(_ModelEngine):
         self._prefill_graph: Callable[..., tuple[Tensor, ...]] = torch.compile(_with_own_code(prefill), fullgraph=True)
         self._decode_graph: Callable[..., tuple[Tensor, ...]] = torch.compile(_with_own_code(decode), fullgraph=True)
 
+    def plain_steps(self) -> AbstractContextManager[None]:
+        """In here decode steps launch kernel after kernel, as they were recorded: so they can be told apart."""
+        return nullcontext() if self._rooms is None else self._rooms.plain_steps()
+
     def _prefill(self, input_ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, EngineCache]:
         hidden = 1 if input_ids_BS.shape[1] == 1 else 0
         if hidden:
@@ -171,9 +176,9 @@ class CompiledEngine(_ModelEngine):
             return self._decode_graph(*tokens, column_1, *room.buffers, *convs)
 
         def step(ids: Tensor, mask: Tensor, positions: Tensor, column: Tensor, *convs: Tensor) -> Sequence[Tensor]:
-            return self._decode_graph(ids, mask, positions, column, *room_buffers, *convs)
+            return graph(ids, mask, positions, column, *room_buffers, *convs)
 
-        room_buffers = room.buffers
+        graph, room_buffers = self._decode_graph, room.buffers  # the recording keeps its step, which keeps no engine
         return self._rooms.step(step, room, [*tokens, column_1, *convs])
 
     def _with_room(self, cache: EngineCache) -> EngineCache:
