@@ -1,4 +1,4 @@
-"""Stages and nodes of eager: timers around the modules, and on a CPU the operators in them by the profiler.
+"""Stages and nodes of eager on a CPU: timers around the modules, and the operators in them by the profiler.
 
 The profiler writes a record of each of a thousand operators, most of them inside of others, which takes a third of the
 time of a decode step. Timers around the thirty modules that are stages take little. So they say how long a module
@@ -57,7 +57,7 @@ def eager_stages(model: nn.Module, cell: Cell, *, repeats: int, device: torch.de
     def work() -> dict[str, Work]:
         if device.type != "cpu":
             return {}
-        with _module_spans(model):
+        with module_spans(model):
             return eager_work(cell.call, lambda spans: eager_runs(spans)[0].nodes)
 
     method = PROFILED if device.type == "cpu" else TIMED
@@ -65,11 +65,11 @@ def eager_stages(model: nn.Module, cell: Cell, *, repeats: int, device: torch.de
 
 
 def _profiled(model: nn.Module, cell: Cell, repeats: int) -> list[Span]:
-    with _module_spans(model):
+    with module_spans(model):
         return profiled_spans(cell.call, repeats, unseen=True)
 
 
-def _module_spans(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+def module_spans(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """In here the profiler sees an event around each module that is a stage."""
 
     def wrapped(name: str, forward: Forward) -> Forward:

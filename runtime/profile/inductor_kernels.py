@@ -30,6 +30,8 @@ COMPILE_OPTIONS = {"trace.provenance_tracking_level": 2, "cpp.enable_kernel_prof
 """Inductor options under which a model must be compiled for its stages to be told apart."""
 
 _KERNEL_INFORMATION = "kernel_information.json"
+_GENERATED = ("cpp_fused", "triton_")
+"""Begin the names of the kernels that Inductor generates itself."""
 _KERNELS = "ultramem_kernels"
 """Attribute of Inductor's object of a graph."""
 
@@ -193,6 +195,6 @@ def _kernel_stages_of(name: str, stages: tuple[str, ...]) -> tuple[str, ...]:
     # What writes to where a collective will read has traces of that one, too.
     stages = tuple(stage for stage in stages if stage != EXCHANGE) or ("other",)
     # A kernel of a library is one operator; the other traces are those of views in its inputs, from stages before it.
-    if not name.startswith("cpp_fused") and set(stages) <= set(MEMORY_STAGES):
+    if not name.startswith(_GENERATED) and set(stages) <= set(MEMORY_STAGES):
         return stages[-1:]
     return stages
