@@ -181,12 +181,22 @@ def _kernels(
     kernels = []
     for key in sorted(traces, key=lambda key: int(key.rpartition(":")[2])):
         name = key.rpartition(":")[0]
-        stages = _kernel_stages_of(name, stages_of_traces(traces[key]))
         nodes = tuple(dict.fromkeys(fx_nodes.get(key, ())))
+        stages = _kernel_stages_of(name, stages_of_traces(traces[key]))
+        if stages == ("other",) and not name.startswith(_GENERATED):
+            stages = _stages_of_modules(modules[node] for node in nodes if node in modules) or stages
         own = [node for node in nodes if node in modules and stage_of_module(modules[node]) in stages]
         places = tuple(dict.fromkeys(modules[node] for node in own))
         kernels.append(Kernel(name, stages, places, nodes, descriptions.get(key)))
     return kernels
+
+
+def _stages_of_modules(modules: Iterable[str]) -> tuple[str, ...]:
+    """Of a library's kernel whose traces name no stage, as those of torch 2.11 say `head(norm(x))` of either: the one
+    that its modules are; none if they are several.
+    """
+    stages = {stage_of_module(module) for module in modules}
+    return tuple(stages) if len(stages) == 1 else ()
 
 
 def _kernel_stages_of(name: str, stages: tuple[str, ...]) -> tuple[str, ...]:
