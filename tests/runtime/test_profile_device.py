@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
 from gpu_decode_step import GRAPHS, recorded_call, recorded_events
-from profile_cases import make_model
+from made_up_profile import make_document
+from profile_cases import CONFIG, make_model
+from shown_page import Page
 
 from ultramem.graph import build_model
 from ultramem.ops._registration import bodies_only
 from ultramem.runtime.engine import CompiledEngine
 from ultramem.runtime.profile import STAGES, Profile, device_cost, device_stages, print_profile, profile, to_json
+from ultramem.runtime.profile.chrome_trace import chrome_trace
 from ultramem.runtime.profile.device_calls import Activity, DeviceCall, Event, device_calls
 from ultramem.runtime.profile.device_cost import HostCost, earlier_without
 from ultramem.runtime.profile.device_owners import eager_owners, kernel_launches, kernel_owners
@@ -30,6 +33,7 @@ from ultramem.runtime.profile.modules import stage_of_module
 from ultramem.runtime.profile.profiled_calls import CPU, Span, kineto_events, profiled_spans
 from ultramem.runtime.profile.stage_turns import NotSeparableError
 from ultramem.runtime.profile.stages import NodeTime
+from ultramem.runtime.report import render_profile
 
 FREE = HostCost(0.0, 0.0)
 DECODE_GRAPH = GRAPHS[1]
@@ -314,6 +318,23 @@ def test_stages_of_a_replayed_step(recorded_device: Replaying) -> None:
     assert "COMPILE_OPTIONS" in times.note
 
 
+def test_a_recorded_step_is_shown(recorded_device: Replaying) -> None:
+    document = make_document()
+    (times,) = [
+        each
+        for each in document["stages"]
+        if (each["engine"], each["phase"], each["batch"]) == ("compile", "decode", 1)
+    ]
+    cell = Cell("compile", 1, "decode", lambda: None)
+    found = kernel_device_stages(cell, recorded_device, GRAPHS, repeats=10, device=CPU)  # type: ignore[arg-type]
+    times.update(json.loads(json.dumps(dataclasses.asdict(found))))
+    page = Page(render_profile(document))
+    assert "topk_kernel_0" in page.text
+    assert "device time of the kernels that each launched" in page.text
+    events = [event for event in chrome_trace(document)["traceEvents"] if event["name"].endswith("topk_kernel_0")]
+    assert [event["dur"] for event in events] == pytest.approx([6.848, 6.817])
+
+
 def test_what_a_record_costs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def profiled(calls: Any, repeats: int, device: torch.device) -> list[DeviceCall]:
         events = kineto_events(calls, repeats)
@@ -334,14 +355,14 @@ def test_what_a_record_costs_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture(scope="module")
 def gpu_profile() -> Profile:
     torch.manual_seed(0)
-    model = build_model(FAMILIES["ultramem"], device="cuda").eval()
+    model = build_model(CONFIG, device="cuda").eval()
     replaying = CompiledEngine(model, replay=True)
     replaying.name = "replay"
     return profile(
         model,
         ["eager", "compile", replaying],
         batches=(1, 3),
-        prompt_tokens=9,
+        prompt_tokens=7,
         new_tokens=4,
         decode_steps=20,
         seconds_per_cell=0.2,
@@ -370,8 +391,7 @@ def test_every_stage_has_its_time_on_a_gpu(gpu_profile: Profile) -> None:
         if (times.phase, times.batch) == ("decode", 1)
     }
     assert "memories.0.select/ultramem::tucker_topk" in names["eager"]
-    assert names["replay"] == names["compile"]
-    assert any("topk_kernel" in name for name in names["compile"])
+    assert all(any("topk_kernel" in name for name in names[engine]) for engine in ("compile", "replay"))
 
 
 @pytest.mark.gpu
@@ -388,3 +408,5 @@ def test_a_profile_of_a_gpu_is_shown(gpu_profile: Profile, capsys: pytest.Captur
     assert [times["engine"] for times in document["stages"]][:3] == ["eager", "compile", "replay"]
     print_profile(gpu_profile)
     assert "tucker_topk" in capsys.readouterr().out
+    assert "tucker_topk" in Page(render_profile(document)).text
+    assert len(chrome_trace(document)["traceEvents"]) > sum(len(times["nodes"]) for times in document["stages"]) // 2
