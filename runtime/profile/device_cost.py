@@ -8,7 +8,6 @@ have had it?
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
@@ -26,8 +25,8 @@ _KERNELS = 50
 """Of a forward that measures a cost: about as many as a small model has."""
 _EVENTS = 3
 """Of the profiler for each of them, but for its launch: a generated kernel's, and two of a view."""
-_TURNS, _REPEATS = 3, 6
-"""A machine changes its speed: forwards with the profiler and without take turns."""
+_REPEATS = 10
+"""Of each kind: whoever asks for the costs asks anew every few forwards, as a machine changes its speed."""
 
 
 class HostCost(NamedTuple):
@@ -103,14 +102,14 @@ def host_cost(device: torch.device, *, replays: bool) -> HostCost:
     """
     number = torch.zeros(1, device=device)
     forwards: list[Callable[[], object]] = [_forward(None), _forward(number), *([_graph(device)] if replays else [])]
-    found: list[list[float]] = [[] for _ in forwards]
-    for _ in range(_TURNS):
-        plain_us = [faster_half([time_us(each, device) for _ in range(_REPEATS)]) for each in forwards]
-        calls = profiled_device_calls(forwards, _REPEATS, device)
-        for place, plain in enumerate(plain_us):
-            profiled_us = faster_half([call.wall_us for call in calls[place :: len(forwards)]])
-            found[place].append(profiled_us - plain)
-    events_us, launches_us, *graph_us = (statistics.median(each) for each in found)
+    plain_us = [faster_half([time_us(each, device) for _ in range(_REPEATS)]) for each in forwards]
+    calls = profiled_device_calls(forwards, _REPEATS, device)
+    profiled_us = [
+        faster_half([call.wall_us for call in calls[place :: len(forwards)]]) for place in range(len(forwards))
+    ]
+    events_us, launches_us, *graph_us = (
+        profiled - plain for profiled, plain in zip(profiled_us, plain_us, strict=True)
+    )
     event_us = max(0.0, events_us / (_KERNELS * _EVENTS))
     launch_us = max(0.0, (launches_us - events_us) / _KERNELS - event_us)  # the kernel's operator is an event too
     node_us = [max(0.0, (each - launch_us) / _KERNELS) for each in graph_us]

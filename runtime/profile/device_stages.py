@@ -29,6 +29,7 @@ from ultramem.runtime.profile.operator_work import Work
 from ultramem.runtime.profile.schema import StageTimes
 from ultramem.runtime.profile.stage_turns import NotSeparableError, stages_in_turns
 from ultramem.runtime.profile.stages import Run, not_separable
+from ultramem.runtime.profile.triton_events import named_triton_kernels
 
 METHOD = (
     "device time of the kernels that each launched; the rest is the host's, the measured cost of the profiler taken off"
@@ -61,7 +62,7 @@ def kernel_device_stages(
     def plain_call() -> DeviceCall:
         if plain_steps is None:
             raise NotSeparableError("the engine replays a CUDA graph, and has no way of running it kernel by kernel")
-        with plain_steps():
+        with plain_steps(), named_triton_kernels():
             return profiled_device_calls([cell.call], 1, device)[0]
 
     @cache
@@ -69,7 +70,8 @@ def kernel_device_stages(
         return kernel_launches(plain_call(), graphs)
 
     def instrumented(count: int) -> list[Run]:
-        calls = profiled_device_calls([cell.call], count, device)
+        with named_triton_kernels():
+            calls = profiled_device_calls([cell.call], count, device)
         return _runs(calls, lambda call: kernel_owners(call, graphs, launches), device)
 
     def work() -> dict[str, Work]:

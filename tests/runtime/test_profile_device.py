@@ -30,9 +30,10 @@ from ultramem.runtime.profile.eager_work import eager_work
 from ultramem.runtime.profile.inductor_stages import COMPILED_GRAPH
 from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.modules import stage_of_module
-from ultramem.runtime.profile.profiled_calls import CPU, Span, kineto_events, profiled_spans
+from ultramem.runtime.profile.profiled_calls import CALL, CPU, Span, kineto_events, profiled_spans
 from ultramem.runtime.profile.stage_turns import NotSeparableError
 from ultramem.runtime.profile.stages import NodeTime
+from ultramem.runtime.profile.triton_events import named_triton_kernels
 from ultramem.runtime.report import render_profile
 
 FREE = HostCost(0.0, 0.0)
@@ -333,6 +334,30 @@ def test_a_recorded_step_is_shown(recorded_device: Replaying) -> None:
     assert "device time of the kernels that each launched" in page.text
     events = [event for event in chrome_trace(document)["traceEvents"] if event["name"].endswith("topk_kernel_0")]
     assert [event["dur"] for event in events] == pytest.approx([6.848, 6.817])
+
+
+def test_a_triton_kernel_has_an_event_of_its_name_and_is_launched_as_without_a_profiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._inductor.runtime import triton_heuristics
+
+    launcher = triton_heuristics.CachingAutotuner
+    profiled = []
+
+    def launch(self: Any, number: int, *, stream: int) -> int:
+        profiled.append(triton_heuristics.autograd_profiler._is_profiler_enabled)
+        return number + stream
+
+    monkeypatch.setattr(launcher, "run", launch)
+    kernel = object.__new__(launcher)
+    kernel.inductor_meta = {"kernel_name": "triton_poi_fused_0"}
+    with named_triton_kernels():
+        spans = profiled_spans(lambda: kernel.run(1, stream=2), 3)
+    assert [span.name for span in spans if span.name != CALL] == ["triton_poi_fused_0"] * 3
+    assert not any(profiled)
+    assert kernel.run(1, stream=2) == 3
+    assert launcher.run is launch
+    assert triton_heuristics.autograd_profiler is torch.autograd.profiler
 
 
 def test_what_a_record_costs_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
