@@ -10,7 +10,8 @@ Shapes: B batch, C columns of room.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class DecodeReplay:
     """
 
     def __init__(self, step: Step, inputs: Sequence[Tensor], graphs: Any, device: torch.device) -> None:
+        self._step = step
         self._inputs = tuple(each.to(device, copy=True) for each in inputs)
         stream = graphs.Stream()
         stream.wait_stream(graphs.current_stream())
@@ -47,10 +49,12 @@ class DecodeReplay:
         with graphs.graph(self._graph):
             self._outputs = tuple(step(*self._inputs))
 
-    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """What the step gives for these inputs, in memory of its own."""
+    def __call__(self, inputs: Sequence[Tensor], *, plainly: bool = False) -> tuple[Tensor, ...]:
+        """What the step gives for these inputs, in memory of its own; `plainly`, it is run and not replayed."""
         for own, new in zip(self._inputs, inputs, strict=True):
             own.copy_(new)
+        if plainly:
+            return tuple(self._step(*self._inputs))
         self._graph.replay()
         return tuple(each.clone() for each in self._outputs)
 
@@ -66,6 +70,16 @@ class ReplayedRooms:
         self._graphs = graphs
         self._held: list[_Buffers] = []
         """In the order in which they were last given to a cache."""
+        self._plainly = False
+
+    @contextmanager
+    def plain_steps(self) -> Iterator[None]:
+        """In here steps are recorded as ever, and run on the same memory, but not replayed."""
+        before, self._plainly = self._plainly, True
+        try:
+            yield
+        finally:
+            self._plainly = before
 
     def make(self, keys_and_values: Sequence[Tensor], num_columns: int, capacity: int) -> Room:
         """A room of `capacity` columns with the first `num_columns` of these, the others 0: a step looks at them all,
@@ -93,7 +107,7 @@ class ReplayedRooms:
         held = next(each for each in self._held if each.room() is room)
         if held.replay is None:
             held.replay = DecodeReplay(step, inputs, self._graphs, room.buffers[0].device)
-        return held.replay(inputs)
+        return held.replay(inputs, plainly=self._plainly)
 
 
 class _Buffers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import types
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -127,6 +128,10 @@ class CompiledEngine(_ModelEngine):
         self._prefill_graph: Callable[..., tuple[Tensor, ...]] = torch.compile(_with_own_code(prefill), fullgraph=True)
         self._decode_graph: Callable[..., tuple[Tensor, ...]] = torch.compile(_with_own_code(decode), fullgraph=True)
 
+    def plain_steps(self) -> AbstractContextManager[None]:
+        """In here decode steps launch kernel after kernel, as they were recorded: so they can be told apart."""
+        return nullcontext() if self._rooms is None else self._rooms.plain_steps()
+
     def _prefill(self, input_ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, EngineCache]:
         hidden = 1 if input_ids_BS.shape[1] == 1 else 0
         if hidden:
@@ -165,27 +170,16 @@ class CompiledEngine(_ModelEngine):
 
     def _step(self, room: Room, tokens: Sequence[Tensor], convs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Logits [B,1,V] and new inputs of the convolutions, of tokens, mask, positions and column on the CPU."""
+        graph, traced, buffers = self._decode_graph, self._traced, room.buffers
         if self._rooms is None:
-            return self._run_step(self._on_device(tokens), room.buffers, convs)
-        shapes, buffers = [each.shape for each in tokens], room.buffers  # not the room: what is recorded outlives it
+            return run_step(graph, traced, self._on_device(tokens), buffers, convs)
+        shapes = [each.shape for each in tokens]
 
+        # The recording keeps its step, which keeps neither the engine nor the room.
         def step(packed: Tensor, *convs: Tensor) -> Sequence[Tensor]:
-            return self._run_step(unpack(packed, shapes), buffers, convs)
+            return run_step(graph, traced, unpack(packed, shapes), buffers, convs)
 
         return self._rooms.step(step, room, [pack(tokens), *convs])
-
-    def _run_step(
-        self, tokens: Sequence[Tensor], buffers: Sequence[Tensor], convs: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
-        ids, mask, positions, column = tokens
-        kind = ids.shape[0] > 1
-        if kind not in self._traced:  # what is marked is for the compiler alone, and takes time
-            self._traced.add(kind)
-            for tensor in (ids, positions, *convs):
-                _mark(tensor, None)
-            for tensor, axis in ((mask, 1), *((buffer, 2) for buffer in buffers)):
-                _mark(tensor, axis)
-        return self._decode_graph(ids, mask, positions, column, *buffers, *convs)
 
     def _with_room(self, cache: EngineCache) -> EngineCache:
         """The same tokens, with room for up to `GROWTH` more."""
@@ -199,6 +193,33 @@ class CompiledEngine(_ModelEngine):
             room = self._rooms.make(keys_and_values, columns, capacity)
         convs = (each.contiguous() for each in cache.state[self._num_keys :])  # strides are guarded
         return EngineCache(cache.mask_BP, (*room.buffers, *convs), cache.hidden, room)
+
+
+def run_step(
+    graph: Callable[..., tuple[Tensor, ...]],
+    traced: set[bool],
+    tokens: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    convs: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Logits [B,1,V] and new inputs of the convolutions.
+
+    Args:
+        graph: compiled at its first call for one sequence, and for several.
+        traced: for which of both (False, True) it has been called.
+        tokens: new ones, mask, positions and column.
+        buffers: of keys and values, which are written to.
+        convs: last inputs of the convolutions.
+    """
+    ids, mask, positions, column = tokens
+    several = ids.shape[0] > 1
+    if several not in traced:  # what is marked is for the compiler alone, and takes time
+        traced.add(several)
+        for tensor in (ids, positions, *convs):
+            _mark(tensor, None)
+        for tensor, axis in ((mask, 1), *((buffer, 2) for buffer in buffers)):
+            _mark(tensor, axis)
+    return graph(ids, mask, positions, column, *buffers, *convs)
 
 
 def _own_copy(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stages and nodes of eager: timers around the modules, and on a CPU the operators in them by the profiler.
+"""Stages and nodes of eager on a CPU: timers around the modules, and the operators in them by the profiler.
 
 The profiler writes a record of each of a thousand operators, most of them inside of others, which takes a third of the
 time of a decode step. Timers around the thirty modules that are stages take little. So they say how long a module
@@ -12,13 +12,11 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ultramem.machine import synchronize
 from ultramem.runtime.profile.arithmetic import EXCHANGE
 from ultramem.runtime.profile.divided_runs import divided
 from ultramem.runtime.profile.eager_work import eager_work
@@ -30,8 +28,10 @@ from ultramem.runtime.profile.schema import StageTimes
 from ultramem.runtime.profile.stage_turns import stages_in_turns
 from ultramem.runtime.profile.stages import MODULE_KIND, NodeTime, Run
 
-TIMED = "timers around the modules that are stages, their measured cost taken off"
-PROFILED = f"{TIMED}; a module's time is divided among its operators as in forwards under PyTorch's profiler"
+METHOD = (
+    "timers around the modules that are stages, their measured cost taken off; a module's time is divided among its "
+    "operators as in forwards under PyTorch's profiler"
+)
 _MODULE_SPAN = "ultramem::module "
 _COST_CALLS, _COST_REPEATS = 100, 20
 _WARM_UP = 5
@@ -48,28 +48,24 @@ class TimerCost(NamedTuple):
 
 
 def eager_stages(model: nn.Module, cell: Cell, *, repeats: int, device: torch.device) -> StageTimes:
-    """Of the modules of `model`, which `cell` runs."""
+    """Of the modules of `model`, which `cell` runs on a CPU."""
 
     def instrumented(count: int) -> list[Run]:
-        timed = timed_runs(model, cell, count, device)
-        return timed if device.type != "cpu" else divided(timed, eager_runs(_profiled(model, cell, count)))
+        return divided(timed_runs(model, cell, count), eager_runs(_profiled(model, cell, count)))
 
     def work() -> dict[str, Work]:
-        if device.type != "cpu":
-            return {}
-        with _module_spans(model):
+        with module_spans(model):
             return eager_work(cell.call, lambda spans: eager_runs(spans)[0].nodes)
 
-    method = PROFILED if device.type == "cpu" else TIMED
-    return stages_in_turns(cell, method, instrumented, work, repeats=repeats, device=device)
+    return stages_in_turns(cell, METHOD, instrumented, work, repeats=repeats, device=device)
 
 
 def _profiled(model: nn.Module, cell: Cell, repeats: int) -> list[Span]:
-    with _module_spans(model):
+    with module_spans(model):
         return profiled_spans(cell.call, repeats, unseen=True)
 
 
-def _module_spans(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+def module_spans(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """In here the profiler sees an event around each module that is a stage."""
 
     def wrapped(name: str, forward: Forward) -> Forward:
@@ -143,15 +139,15 @@ def _around_modules(model: nn.Module, wrapped: Callable[[str, Forward], Forward]
             object.__delattr__(module, "forward")
 
 
-def timed_runs(model: nn.Module, cell: Cell, repeats: int, device: torch.device) -> list[Run]:
-    """A module is one node, whose work on the device has ended before the next begins."""
-    cost = timer_cost(device)
-    return [_without_cost(run, cost) for run in _timed(model, cell.call, repeats, device)]
+def timed_runs(model: nn.Module, cell: Cell, repeats: int) -> list[Run]:
+    """A module is one node."""
+    cost = timer_cost()
+    return [_without_cost(run, cost) for run in _timed(model, cell.call, repeats)]
 
 
-def _timed(model: nn.Module, call: Callable[[], object], repeats: int, device: torch.device) -> list[Run]:
+def _timed(model: nn.Module, call: Callable[[], object], repeats: int) -> list[Run]:
     ended: list[tuple[str, int, int]] = []
-    now = time.perf_counter_ns if device.type == "cpu" else partial(_now_ns, device)
+    now = time.perf_counter_ns
 
     def wrapped(name: str, forward: Forward) -> Forward:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -168,26 +164,19 @@ def _timed(model: nn.Module, call: Callable[[], object], repeats: int, device: t
             call()
         for _ in range(repeats):
             ended.clear()
-            synchronize(device)
             start_ns = time.perf_counter_ns()
             call()
-            synchronize(device)
             end_ns = time.perf_counter_ns()
             nodes = (_timed_node(name, first_ns - start_ns, last_ns - first_ns) for name, first_ns, last_ns in ended)
             runs.append(Run((end_ns - start_ns) / 1e3, tuple(nodes)))
     return runs
 
 
-def _now_ns(device: torch.device) -> int:
-    synchronize(device)
-    return time.perf_counter_ns()
-
-
 def _timed_node(name: str, start_ns: int, time_ns: int) -> NodeTime:
     return NodeTime(name, MODULE_KIND, (name,), (stage_of_module(name),), start_ns / 1e3, time_ns / 1e3, time_ns / 1e3)
 
 
-def timer_cost(device: torch.device) -> TimerCost:
+def timer_cost() -> TimerCost:
     """Of a timer around a module that does nothing: calls of it with the timer and without."""
     module = nn.Identity()
     model = nn.ModuleDict({"head": module})  # by its name a stage
@@ -202,7 +191,7 @@ def timer_cost(device: torch.device) -> TimerCost:
         start_ns = time.perf_counter_ns()
         call()
         plain_us.append((time.perf_counter_ns() - start_ns) / 1e3 / _COST_CALLS)
-        runs += _timed(model, call, 1, device)
+        runs += _timed(model, call, 1)
     plain, whole = min(plain_us), min(run.wall_us / _COST_CALLS for run in runs)  # as undisturbed as they come
     inside = statistics.median(node.time_us for run in runs for node in run.nodes)
     return TimerCost(max(0.0, inside - plain), max(0.0, whole - plain))

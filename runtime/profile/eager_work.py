@@ -47,15 +47,21 @@ class WorkSeen(TorchDispatchMode):
             return result
 
 
-def eager_work(call: Callable[[], object], nodes_of: Callable[[Sequence[Span]], Sequence[NodeTime]]) -> dict[str, Work]:
+def eager_work(
+    call: Callable[[], object],
+    nodes_of: Callable[[Sequence[Span]], Sequence[NodeTime]],
+    *,
+    unseen: bool = True,
+) -> dict[str, Work]:
     """Work of each node of a forward, by the node's name.
 
     Args:
         call: the forward.
         nodes_of: the nodes in the profiler's spans of it.
+        unseen: whether ops of this package are the operators in their bodies, or operators themselves.
     """
     with WorkSeen() as seen:
-        spans = profiled_spans(call, 1, unseen=True)
+        spans = profiled_spans(call, 1, unseen=unseen)
     start_us = next(span.start_us for span in spans if span.name == CALL)
     notes = sorted(
         (span.start_us - start_us, int(span.name.removeprefix(_SEEN))) for span in spans if span.name.startswith(_SEEN)

@@ -30,6 +30,8 @@ COMPILE_OPTIONS = {"trace.provenance_tracking_level": 2, "cpp.enable_kernel_prof
 """Inductor options under which a model must be compiled for its stages to be told apart."""
 
 _KERNEL_INFORMATION = "kernel_information.json"
+_GENERATED = ("cpp_fused", "triton_")
+"""Begin the names of the kernels that Inductor generates itself."""
 _KERNELS = "ultramem_kernels"
 """Attribute of Inductor's object of a graph."""
 
@@ -179,12 +181,22 @@ def _kernels(
     kernels = []
     for key in sorted(traces, key=lambda key: int(key.rpartition(":")[2])):
         name = key.rpartition(":")[0]
-        stages = _kernel_stages_of(name, stages_of_traces(traces[key]))
         nodes = tuple(dict.fromkeys(fx_nodes.get(key, ())))
+        stages = _kernel_stages_of(name, stages_of_traces(traces[key]))
+        if stages == ("other",) and not name.startswith(_GENERATED):
+            stages = _stages_of_modules(modules[node] for node in nodes if node in modules) or stages
         own = [node for node in nodes if node in modules and stage_of_module(modules[node]) in stages]
         places = tuple(dict.fromkeys(modules[node] for node in own))
         kernels.append(Kernel(name, stages, places, nodes, descriptions.get(key)))
     return kernels
+
+
+def _stages_of_modules(modules: Iterable[str]) -> tuple[str, ...]:
+    """Of a library's kernel whose traces name no stage, as those of torch 2.11 say `head(norm(x))` of either: the one
+    that its modules are; none if they are several.
+    """
+    stages = {stage_of_module(module) for module in modules}
+    return tuple(stages) if len(stages) == 1 else ()
 
 
 def _kernel_stages_of(name: str, stages: tuple[str, ...]) -> tuple[str, ...]:
@@ -193,6 +205,6 @@ def _kernel_stages_of(name: str, stages: tuple[str, ...]) -> tuple[str, ...]:
     # What writes to where a collective will read has traces of that one, too.
     stages = tuple(stage for stage in stages if stage != EXCHANGE) or ("other",)
     # A kernel of a library is one operator; the other traces are those of views in its inputs, from stages before it.
-    if not name.startswith("cpp_fused") and set(stages) <= set(MEMORY_STAGES):
+    if not name.startswith(_GENERATED) and set(stages) <= set(MEMORY_STAGES):
         return stages[-1:]
     return stages

@@ -8,7 +8,7 @@ modules. A kernel with operators of several stages keeps them all: it is not div
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,20 +24,20 @@ from ultramem.runtime.profile.stages import NodeTime, Run, not_separable
 
 METHOD = "profiler events of the generated kernels, the measured cost of an event taken off"
 
-_COMPILED_GRAPH = "## Call CompiledFxGraph"
+NO_KERNELS = "compiled without COMPILE_OPTIONS: profile exports it so where there is no export yet"
+COMPILED_GRAPH = "## Call CompiledFxGraph"
+"""Begins the name of the event around a graph of torch.compile."""
 
 
 def kernel_stages(cell: Cell, graphs: Sequence[Sequence[Kernel]], *, repeats: int, device: torch.device) -> StageTimes:
     """Time of each kernel and set of stages, from the profiler's events of the generated kernels."""
     if not any(graphs):
-        return not_separable(
-            cell, "compiled without COMPILE_OPTIONS: profile exports it so where there is no export yet"
-        )
+        return not_separable(cell, NO_KERNELS)
     return stages_in_turns(
         cell,
         METHOD,
         lambda count: _kernel_runs(cell, graphs, count),
-        lambda: _kernel_work(cell, graphs),
+        lambda: graph_work(cell.call, lambda: _graph_of(_profiled_calls(cell, 1)[0], graphs)),
         repeats=repeats,
         device=device,
     )
@@ -48,41 +48,40 @@ def _kernel_runs(cell: Cell, graphs: Sequence[Sequence[Kernel]], repeats: int) -
     runs = []
     for call in _profiled_calls(cell, repeats):
         kernels = _graph_of(call, graphs)
-        nodes = tuple(
-            NodeTime(
-                _node_name(index, kernel),
-                kernel.name,
-                kernel.modules,
-                kernel.stages,
-                event.start_us - event_us * event.events_before,
-                max(0.0, event.time_us - event_us * event.events_inside),
-                max(0.0, event.time_us - event_us * event.events_inside),
-                kernel.fx_nodes,
-            )
-            for index, (kernel, event) in enumerate(zip(kernels, call.kernels, strict=True))
-        )
-        runs.append(Run(call.wall_us, nodes, event_us * call.events))
+        nodes = []
+        for index, (kernel, event) in enumerate(zip(kernels, call.kernels, strict=True)):
+            time_us = max(0.0, event.time_us - event_us * event.events_inside)
+            start_us = event.start_us - event_us * event.events_before
+            nodes.append(kernel_node(index, kernel)._replace(start_us=start_us, time_us=time_us, span_us=time_us))
+        runs.append(Run(call.wall_us, tuple(nodes), event_us * call.events))
     return runs
 
 
-def _kernel_work(cell: Cell, graphs: Sequence[Sequence[Kernel]]) -> dict[str, Work]:
-    """Of the kernels that were described when they were compiled."""
-    calls = graph_calls(cell.call)
+def graph_work(call: Callable[[], object], kernels: Callable[[], Sequence[Kernel]]) -> dict[str, Work]:
+    """By node, of the kernels that were described when they were compiled.
+
+    Args:
+        call: the forward.
+        kernels: those of the graph that it runs; asked for if the graph does not have them itself.
+    """
+    calls = graph_calls(call)
     if len(calls) != 1:
         return {}
     (called,) = calls
     # Graphs for one sequence and for several may have kernels of the same names.
-    kernels = kernels_of(called.graph) or _graph_of(_profiled_calls(cell, 1)[0], graphs)
     works = {
-        _node_name(index, kernel): kernel_work(kernel.description, called.sizes)
-        for index, kernel in enumerate(kernels)
+        kernel_node(index, kernel).node: kernel_work(kernel.description, called.sizes)
+        for index, kernel in enumerate(kernels_of(called.graph) or kernels())
         if kernel.description is not None
     }
     return {name: work for name, work in works.items() if work is not None}
 
 
-def _node_name(index: int, kernel: Kernel) -> str:
-    return f"{index} {kernel.name}"
+def kernel_node(index: int, kernel: Kernel) -> NodeTime:
+    """The node of a graph's kernel, without its times."""
+    return NodeTime(
+        f"{index} {kernel.name}", kernel.name, kernel.modules, kernel.stages, 0.0, 0.0, 0.0, kernel.fx_nodes
+    )
 
 
 @dataclass(slots=True)
@@ -115,7 +114,7 @@ def _profiled_calls(cell: Cell, repeats: int) -> list[_Call]:
             calls.append(_Call(span.time_us))
             continue
         call = calls[-1]
-        if span.name.startswith(_COMPILED_GRAPH):
+        if span.name.startswith(COMPILED_GRAPH):
             graph_end = end_us
         elif span.start_us < kernel_end:
             call.kernels[-1].events_inside += 1
@@ -132,21 +131,30 @@ def _is_kernel(name: str, *, in_graph: bool) -> bool:
 
 
 def _graph_of(call: _Call, graphs: Sequence[Sequence[Kernel]]) -> Sequence[Kernel]:
-    kernels = next((graph for graph in graphs if _follows(call.kernels, graph)), None)
+    return graph_of([event.name for event in call.kernels], graphs)
+
+
+def graph_of(events: Sequence[str], graphs: Sequence[Sequence[Kernel]]) -> Sequence[Kernel]:
+    """The graph whose kernels have these events, by name.
+
+    Raises:
+        NotSeparableError: there is none.
+    """
+    kernels = next((graph for graph in graphs if _follows(events, graph)), None)
     if kernels is None:
         raise NotSeparableError("the kernels that ran are not, one for one, those of a compiled graph")
     return kernels
 
 
-def _follows(events: Sequence[_Event], kernels: Sequence[Kernel]) -> bool:
+def _follows(events: Sequence[str], kernels: Sequence[Kernel]) -> bool:
     return len(events) == len(kernels) and all(
-        _same_name(event.name, kernel.name) for event, kernel in zip(events, kernels, strict=True)
+        _same_name(event, kernel.name) for event, kernel in zip(events, kernels, strict=True)
     )
 
 
 def _same_name(event: str, kernel: str) -> bool:
     """Whether a profiler event is this kernel: "graph_0_cpp_x" is "cpp_x", "aten::mm" is "extern_kernels.mm"."""
-    if re.sub(r"^graph_\d+_", "", event) == kernel:
+    if re.sub(r"^(graph_\d+_|kernels_\.)", "", event) == kernel:
         return True
     namespace, _, operator = event.partition("::")
     plain = kernel.removeprefix("torch.ops.").removeprefix("extern_kernels.").removeprefix(f"{namespace}.")

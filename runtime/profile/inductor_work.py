@@ -47,7 +47,7 @@ def descriptions_tag() -> str:
 def described_kernels() -> Iterator[None]:
     """Kernels that are compiled in here have a description."""
     from torch._inductor import debug
-    from torch._inductor.codegen import cpp
+    from torch._inductor.codegen import cpp, simd, triton
 
     name_kernel, tell_kernels, map_kernels = (getattr(debug, name, None) for name in _INDUCTORS)
     if name_kernel is None or tell_kernels is None or map_kernels is None:
@@ -67,10 +67,11 @@ def described_kernels() -> Iterator[None]:
     def mapped() -> dict[str, Any]:
         return {**map_kernels(), DESCRIPTIONS: graphs.descriptions()}
 
-    with (
-        replaced(debug, **dict(zip(_INDUCTORS, (named, told, mapped), strict=True))),
-        replaced(cpp, **{_INDUCTORS[0]: named}),  # which has imported it
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replaced(debug, **dict(zip(_INDUCTORS, (named, told, mapped), strict=True))))
+        for importer in (cpp, simd, triton):
+            if hasattr(importer, _INDUCTORS[0]):
+                stack.enter_context(replaced(importer, **{_INDUCTORS[0]: named}))
         yield
 
 

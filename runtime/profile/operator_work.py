@@ -184,7 +184,10 @@ _FLOPS: dict[str, _Formula] = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "MatMul", "FusedMatMul", "Gemm"), _product(0)),
     **dict.fromkeys(("addmm", "baddbmm", "addmv"), _product(1)),
     **dict.fromkeys(("convolution", "Conv"), _convolution),
-    **dict.fromkeys(("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"), _attention),
+    **{
+        f"_scaled_dot_product_{kind}": _attention
+        for kind in ("cudnn_attention", "efficient_attention", "flash_attention", "flash_attention_for_cpu")
+    },
     "Einsum": _einsum,
     **dict.fromkeys(
         ("_embedding_bag", "_embedding_bag_forward_only", "lookup_reduce", "lookup_reduce_quantized"), _pooled

@@ -31,8 +31,8 @@ class Request:
     """Median of each round."""
     round_tpot_us: tuple[float, ...]
     launches_per_step: int | None
-    """Per decode step: generated kernels of a compiled engine, nodes of ONNX Runtime, outermost operators of eager.
-    None where they cannot be counted."""
+    """Per decode step: generated kernels of a compiled engine, nodes of ONNX Runtime, outermost operators of eager; all
+    that the device ran, on a GPU. None where they cannot be counted."""
     recompiles: int
     """Graphs that torch.compile made during the requests, when all should have been compiled."""
     memory_bytes: int | None

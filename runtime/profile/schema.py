@@ -126,7 +126,7 @@ class StageRow:
     p90_us: float
     p99_us: float
     calls: int
-    """Nodes of the graph that ran in it per forward."""
+    """Sum of its nodes' calls."""
     is_whole: bool
     """False: other rows hold a part of these stages too, so that the time is less than the stages take."""
     flops: int | None
@@ -153,7 +153,7 @@ class ModuleRow:
     p90_us: float
     p99_us: float
     calls: int
-    """Nodes of the graph that ran in it per forward."""
+    """Sum of its nodes' calls."""
     is_whole: bool
     """False: other rows hold a part of these modules too."""
     flops: int | None
@@ -180,7 +180,7 @@ class NodeRow:
     """Nodes of the captured graph that went into a generated kernel."""
     stages: tuple[str, ...]
     calls: int
-    """Per forward."""
+    """Per forward; on a GPU, the kernels, copies and memsets that it ran on the device."""
     time_us: float
     """Per forward, mean of the faster half of the runs."""
     p50_us: float
@@ -234,9 +234,10 @@ class StageTimes:
     modules: tuple[ModuleRow, ...]
     nodes: tuple[NodeRow, ...]
     launches: int
-    """Kernels or operators that the forward launched, those outside the stages included."""
+    """Kernels or operators that the forward launched, those outside the stages included. On a GPU, all kernels, copies
+    and memsets that the device ran: those of a replayed graph one by one, which the host launches together."""
     unattributed_us: float
-    """In no stage: the framework's own work between kernels and operators."""
+    """In no stage: the framework's own work between kernels and operators; on a GPU, while the device ran nothing."""
     coverage: float
     """Share of the sum that the rows explain."""
     note: str

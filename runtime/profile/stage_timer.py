@@ -6,6 +6,7 @@ import torch
 
 from ultramem.export.onnx_session import OnnxModel
 from ultramem.graph import Transformer
+from ultramem.runtime.profile.device_stages import eager_device_stages, kernel_device_stages
 from ultramem.runtime.profile.eager_stages import eager_stages
 from ultramem.runtime.profile.in_step import agreed
 from ultramem.runtime.profile.inductor_stages import kernel_stages
@@ -33,16 +34,21 @@ class StageTimer:
         engine = self._opened.engine
         device = self._model.embedding.weight.device
         repeats = agreed(max(10, min(REPEATS, int(1e6 * SECONDS / percentile(cell.samples_us, 0.5)))))
+        on_gpu = device.type == "cuda"
         if engine.name == "eager":
             # The engine's own model, which is not `model` but shares its weights.
-            return eager_stages(getattr(engine, "model", self._model), cell, repeats=repeats, device=device)
+            model = getattr(engine, "model", self._model)
+            timed = eager_device_stages if on_gpu else eager_stages
+            return timed(model, cell, repeats=repeats, device=device)
         if engine.name == "tensorrt":
             return not_separable(cell, "an engine's kernels are TensorRT's own, which cross the stages")
-        if device.type != "cpu":
-            return not_separable(cell, f"stages of compiled engines are told apart on a CPU only, this is {device}")
         session = getattr(getattr(engine, "artifact", None), "run", None)
         if isinstance(session, OnnxModel):
+            if device.type != "cpu":
+                return not_separable(cell, f"ONNX Runtime's nodes are told apart on a CPU only, this is {device}")
             return self._onnx_stages(session, cell, repeats, device)
+        if on_gpu:
+            return kernel_device_stages(cell, engine, self._opened.graphs, repeats=repeats, device=device)
         return kernel_stages(cell, self._opened.graphs, repeats=repeats, device=device)
 
     def _onnx_stages(self, model: OnnxModel, cell: Cell, repeats: int, device: torch.device) -> StageTimes:

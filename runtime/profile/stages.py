@@ -32,6 +32,8 @@ class NodeTime(NamedTuple):
     span_us: float
     """From its start to its end."""
     fx_nodes: tuple[str, ...] = ()
+    calls: int = 1
+    """What it launched on a GPU: kernels, copies and memsets; on a CPU it is one call itself."""
 
 
 class Run(NamedTuple):
@@ -218,7 +220,7 @@ def _times(by_speed: Sequence[Run], kept: int, key: Callable[[NodeTime], Key]) -
     for index, run in enumerate(by_speed):
         for node in run.nodes:
             per_run[key(node)][index] += node.time_us
-            launches[key(node)] += node.kind != MODULE_KIND
+            launches[key(node)] += node.calls if node.kind != MODULE_KIND else 0
     return {
         name: _Times(
             time_us=sum(times_us[:kept]) / kept,

@@ -173,6 +173,31 @@ def test_a_cache_is_decoded_from_as_often_as_one_likes(ultramem: Any) -> None:
     assert torch.equal(first, kept)  # not in memory that a replay writes to
 
 
+def test_a_recorded_step_can_be_run_plainly(ultramem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the memory that it was recorded on, so that a profiler sees the kernels of the recording."""
+    engine, graphs, _ = ultramem
+    _, cache = engine.prefill(torch.randint(engine.config.vocab_size, (1, 5)))
+    token = torch.ones(1, 1, dtype=torch.int64)
+    replayed, _ = engine.decode(token, cache)
+    (held,) = engine._rooms._held
+    inputs = held.replay._inputs
+
+    def never(self: Any) -> None:
+        raise AssertionError("replayed")
+
+    seen = []
+    step = held.replay._step
+    held.replay._step = lambda *own: (seen.append(own), step(*own))[1]
+    with monkeypatch.context() as patched, engine.plain_steps():
+        patched.setattr(Recording, "replay", never)
+        found, _ = engine.decode(token, cache)
+    assert torch.equal(found, replayed)
+    assert [[id(each) for each in own] for own in seen] == [[id(each) for each in inputs]]
+    again, _ = engine.decode(token, cache)
+    assert torch.equal(again, replayed)
+    assert (len(seen), graphs.recorded) == (1, 1)
+
+
 def test_a_step_that_asks_the_host_is_refused() -> None:
     with pytest.raises(RuntimeError, match="the host reads a value"):
         DecodeReplay(lambda x: [x * x.sum().item()], [torch.ones(2)], Graphs(), torch.device("cpu"))

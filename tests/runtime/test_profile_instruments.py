@@ -146,8 +146,8 @@ def test_timers_count_the_modules_and_what_they_cost_is_taken_off() -> None:
     model = make_model()
     tokens = torch.zeros(1, 3, dtype=torch.int64)
     with torch.no_grad():
-        runs = timed_runs(model, Cell("eager", 1, "prefill", lambda: model(tokens)), 3, CPU)
-    cost = timer_cost(CPU)
+        runs = timed_runs(model, Cell("eager", 1, "prefill", lambda: model(tokens)), 3)
+    cost = timer_cost()
     assert 0 <= cost.inside_us < cost.whole_us
     for run in runs:
         # 2 memories of 5 stages, 3 blocks of 2 modules and their norms, embedding, norm and head.

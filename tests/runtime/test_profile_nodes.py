@@ -21,7 +21,7 @@ from ultramem.graph.transformer import Cache
 from ultramem.runtime.profile import STAGES, Profile, profile
 from ultramem.runtime.profile.arithmetic import modules_of_stages
 from ultramem.runtime.profile.eager_stages import eager_runs
-from ultramem.runtime.profile.inductor_kernels import Kernel, modules_of_graph, packaged_kernels
+from ultramem.runtime.profile.inductor_kernels import Kernel, _kernels, modules_of_graph, packaged_kernels
 from ultramem.runtime.profile.inductor_stages import _same_name, kernel_stages
 from ultramem.runtime.profile.measure import Cell
 from ultramem.runtime.profile.modules import module_of_path, module_of_stack, stage_of_path
@@ -332,6 +332,24 @@ def test_a_folded_score_is_a_score() -> None:
         if str(node.target).startswith("aten.einsum") and "memories" in str(node.meta["nn_module_stack"])
     ]
     assert stages_of_traces([trace]) == ("score",)
+
+
+def test_a_kernel_whose_trace_names_no_stage_is_its_modules() -> None:
+    """Traces of torch 2.11 underline no call: the head's line is the norm's too."""
+    line = '  File "transformer.py", line 236, in decode_in_place\n    return self.head(self.norm(hidden_B1D)), convs\n'
+    modules = {"logits": "head", "layer_norm": "norm", "query": "memories.0.query"}
+    kernels = _kernels(
+        {key: [line] for key in ("extern_kernels.mm:1", "triton_per_fused_native_layer_norm_0:2", "aten.mm:3")},
+        {"extern_kernels.mm:1": ["logits"], "triton_per_fused_native_layer_norm_0:2": ["layer_norm"],
+         "aten.mm:3": ["logits", "query"]},
+        modules,
+        {},
+    )  # fmt: skip
+    assert [(kernel.stages, kernel.modules) for kernel in kernels] == [
+        (("head",), ("head",)),
+        (("other",), ("norm",)),
+        (("other",), ()),
+    ]
 
 
 @pytest.mark.parametrize(

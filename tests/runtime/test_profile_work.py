@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +69,12 @@ def indices(*shape: int) -> Operand:
             "aten::_scaled_dot_product_flash_attention_for_cpu",
             [floats(1, 2, 3, 8), floats(1, 2, 7, 8), floats(1, 2, 7, 8)], [floats(1, 2, 3, 8)], {},
             Work(2 * 2 * 3 * 7 * 16, 4 * (48 + 112 + 112 + 48)),
+        ),
+        # A GPU's, with a mask for all heads.
+        (
+            "aten::_scaled_dot_product_efficient_attention",
+            [floats(1, 2, 3, 8), floats(1, 2, 7, 8), floats(1, 2, 7, 8), Operand((1, 2, 3, 7), FLOAT, 21)],
+            [floats(1, 2, 3, 8)], {}, Work(2 * 2 * 3 * 7 * 16, 4 * (48 + 112 + 112 + 21 + 48)),
         ),
         # One expert's weights are read where there is one token, whatever the number of experts.
         (
@@ -194,6 +204,47 @@ def compiled_calls(sizes: list[int]) -> list[tuple[list[str], list[Work | None]]
             works = [kernel_work(kernel.description or {}, call.sizes) for kernel in kernels]
             found.append(([kernel.name for kernel in kernels], works))
     return found
+
+
+TRITON = """
+    import json, torch
+    from torch._inductor import config, debug
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from benchmarks.fake_cuda import cuda_code
+    from ultramem.runtime.profile.inductor_work import DESCRIPTIONS, described_kernels, kernel_work
+
+    def graph(inputs, weight, table, rows):
+        hidden = torch.nn.functional.gelu(inputs @ weight)
+        return (hidden * table[rows] + table[0]).softmax(-1), hidden
+
+    mode = FakeTensorMode()
+    with mode:
+        inputs = [torch.empty(5, 16), torch.empty(16, 32), torch.empty(50, 32), torch.empty(5, dtype=torch.int64)]
+        traced = make_fx(graph, decomposition_table=select_decomp_table())(*inputs)
+    with config.patch({"trace.provenance_tracking_level": 2}), described_kernels():
+        cuda_code(traced, inputs, mode, is_inference=True)
+        found = debug.dump_inductor_provenance_info()[DESCRIPTIONS]
+    sizes = [tuple(each.shape) for each in inputs]
+    print(json.dumps({key: kernel_work(description, sizes) for key, description in found.items()}))
+"""
+
+
+def test_triton_kernels_have_work_too() -> None:
+    """By Inductor's code for a GPU, which is written without one."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(TRITON)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    works = [(key.partition("_")[0], Work(*work)) for key, work in json.loads(done.stdout.splitlines()[-1]).items()]
+    assert works == [
+        ("extern", Work(2 * 5 * 16 * 32, FLOAT * (5 * 16 + 16 * 32 + 5 * 32))),
+        # A product, indices, the rows that they pick and the first one; two results.
+        ("triton", Work(0, FLOAT * (160 + 160 + 32 + 2 * 160) + INT64 * 5)),
+    ]
 
 
 def test_work_of_generated_kernels_follows_the_sizes_of_a_call() -> None:

@@ -60,26 +60,34 @@ class TraceableOp:
 
     def __init__(self, op: CustomOpDef, body: Callable[..., Any]) -> None:
         self.overload, self.body = op._opoverload, body
+        self.name: str = op._opoverload._schema.name
         self.register_autograd = op.register_autograd
 
     def __call__(self, *args: Any) -> Any:
         if not torch.compiler.is_compiling() and _is_unseen(args):
+            if _named_bodies:
+                with torch._C._profiler._RecordFunctionFast(self.name):
+                    return self.body(*args)
             return self.body(*args)
         return self.overload(*args)
 
 
-_bodies_only = False
+_bodies_only = _named_bodies = False
 
 
 @contextmanager
-def bodies_only() -> Iterator[None]:
-    """Ops are their bodies for whoever traces or profiles in here too, where they record no gradient."""
-    global _bodies_only
-    before, _bodies_only = _bodies_only, True
+def bodies_only(*, named: bool = False) -> Iterator[None]:
+    """Ops are their bodies for whoever traces or profiles in here too, where they record no gradient.
+
+    With `named` a profiler has an event of the op's name around its body.
+    """
+    global _bodies_only, _named_bodies
+    before = _bodies_only, _named_bodies
+    _bodies_only, _named_bodies = True, named
     try:
         yield
     finally:
-        _bodies_only = before
+        _bodies_only, _named_bodies = before
 
 
 def _is_unseen(args: tuple[Any, ...]) -> bool:
