@@ -27,6 +27,10 @@ GROWTH = 256
 """Columns by which a compiled engine's cache grows: a copy of all of it every so many tokens."""
 
 
+GPU_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"online_softmax": False}
+"""Of Inductor, for a decode step: over columns whose number it does not know it has no online softmax, and warns."""
+
+
 class _ModelEngine(Engine):
     """Runs the module itself, its constants folded, on its own device and in its own dtype; the cache stays there."""
 
@@ -126,7 +130,9 @@ class CompiledEngine(_ModelEngine):
             return logits, *(each.contiguous() for each in convs)
 
         self._prefill_graph: Callable[..., tuple[Tensor, ...]] = torch.compile(_with_own_code(prefill), fullgraph=True)
-        self._decode_graph: Callable[..., tuple[Tensor, ...]] = torch.compile(_with_own_code(decode), fullgraph=True)
+        self._decode_graph: Callable[..., tuple[Tensor, ...]] = torch.compile(
+            _with_own_code(decode), fullgraph=True, options=None if device.type == "cpu" else GPU_OPTIONS
+        )
 
     def plain_steps(self) -> AbstractContextManager[None]:
         """In here decode steps launch kernel after kernel, as they were recorded: so they can be told apart."""

@@ -18,6 +18,6 @@ def count_launches(contender: Contender, turns: Turns) -> int:
     with turns.shared():
         contender.run(contender.draw())
         inputs = contender.draw()  # what has run backward once cannot run backward again
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler, turns.shared():
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler, turns.shared():
         contender.run(inputs)
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())

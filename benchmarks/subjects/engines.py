@@ -89,6 +89,7 @@ def build(row: Row, device: torch.device) -> Case:
 
 
 def _build(row: Row, device: torch.device) -> Case:
+    from ultramem.runtime.decode_replay import PLAIN_RUNS
     from ultramem.runtime.engine import AotEngine, CompiledEngine, EagerEngine, Engine, OnnxEngine
     from ultramem.runtime.profile.measure import Inputs, WrongLogitsError, check_agreement, draw_inputs
 
@@ -106,7 +107,11 @@ def _build(row: Row, device: torch.device) -> Case:
     def contender(role: Role, settings: str, engine: Engine) -> Contender:
         def prepare() -> Step:
             inputs = drawn()
-            return Step(inputs.next_B1, engine.prefill(inputs.prompt_BS)[1])
+            step = Step(inputs.next_B1, engine.prefill(inputs.prompt_BS)[1])
+            if row.wall:
+                for _ in range(PLAIN_RUNS + 1):  # what is recorded for this cache is recorded here
+                    engine.decode(*step)
+            return step
 
         def check() -> None:
             try:
