@@ -3,7 +3,8 @@
     python -m benchmarks.gpu             (or: make gpu)
     python -m benchmarks.gpu --dry-run   the same script on a CPU: small shapes, kernels in Triton's interpreter
 
-Needs torch, triton and pytest, and nothing else: no installation, no network. Tests run side by side, a long file in
+Needs torch, triton and pytest, and nothing else: no installation, no network. (Engines are tested and timed where rich
+and safetensors are there too.) Tests run side by side, a long file in
 several processes; then benchmark rows, the most important first, each in a process with its own time limit, so that a
 crash loses one row. Some rows are prepared beside each other; what is timed has the device to itself. What has not
 ended by the deadline is recorded as not run. The results are one JSON file, named after the device, in $OUT or else in
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -40,6 +42,15 @@ WORKERS = 4
 RESERVE_S = 15.0  # for the table, and for what a stopped row takes to end
 TESTS_LIMIT_S = 150.0
 TEST_FILES = ("tests/ops", "tests/optim")
+ENGINE_TESTS = {
+    "tests/graph/test_pinned_tables.py": 2,
+    "tests/graph/test_side_stream.py": 1,
+    "tests/runtime/test_decode_replay.py": 2,
+    "tests/runtime/test_profile_device.py": 1,  # all of a GPU's look at one profile
+}
+"""And how many processes run each."""
+NEEDED_BY_ENGINES = ("rich", "safetensors")
+"""Beyond torch, Triton and pytest; where one is missing, the tests of engines are left out."""
 REHEARSED_TESTS = ("tests/ops/test_permute_addresses.py",)  # CI runs all of them anyway
 SHARD_BYTES = 6000  # of a test file: a longer one is run by several processes
 NOTHING_SELECTED = 5  # pytest's exit status
@@ -58,14 +69,18 @@ def shards_of_tests(wanted: Sequence[str] = (), *, dry_run: bool) -> list[Shard]
     """One process each, of the files whose path has a part that is `wanted` (all, without); the longest files first."""
     if dry_run:
         return [Shard(file) for file in REHEARSED_TESTS]
-    files = [path for folder in TEST_FILES for path in (ROOT / folder).glob("test_*.py")]
-    files = [path for path in files if not wanted or any(part in str(path) for part in wanted)]
-    size = {path: path.stat().st_size for path in files}
+    parts = {
+        path: math.ceil(path.stat().st_size / SHARD_BYTES)
+        for folder in TEST_FILES
+        for path in (ROOT / folder).glob("test_*.py")
+    }
+    if all(importlib.util.find_spec(name) for name in NEEDED_BY_ENGINES):
+        parts |= {ROOT / file: number for file, number in ENGINE_TESTS.items()}
+    files = [path for path in parts if not wanted or any(part in str(path) for part in wanted)]
     return [
-        Shard(str(path.relative_to(ROOT)), number, parts)
-        for path in sorted(files, key=lambda path: -size[path])
-        for parts in [math.ceil(size[path] / SHARD_BYTES)]
-        for number in range(1, parts + 1)
+        Shard(str(path.relative_to(ROOT)), number, parts[path])
+        for path in sorted(files, key=lambda path: -path.stat().st_size)
+        for number in range(1, parts[path] + 1)
     ]
 
 
@@ -145,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = [part for part in options.tests.split(",") if part]
     shards = [] if options.no_tests else shards_of_tests(wanted, dry_run=options.dry_run)
     if wanted and not shards:
-        parser.error(f"--tests must name files of {' or '.join(TEST_FILES)}, got {options.tests!r}")
+        parser.error(f"--tests must name files of {', '.join((*TEST_FILES, *ENGINE_TESTS))}, got {options.tests!r}")
     try:
         probed = probe_machine(plan)
     except LostError as error:

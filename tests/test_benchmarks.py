@@ -302,7 +302,7 @@ def test_no_row_claims_more_than_an_h100_has():
 
 def test_launches_are_counted_on_inputs_that_are_used_once(monkeypatch):
     class Profile:
-        def __init__(self, activities):
+        def __init__(self, **options):
             pass
 
         def __enter__(self):

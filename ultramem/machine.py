@@ -16,6 +16,7 @@ import torch
 
 BANDWIDTH_BYTES = 256 * 2**20  # eight times a 32 MiB last-level cache
 GEMM_SIZE = 1024  # 2.1 GFLOP, large enough for a CPU to run at the full rate
+GPU_BANDWIDTH_BYTES, GPU_GEMM_SIZE = 2**31, 8192  # on a GPU those would take less time than a launch
 GEMM_SECONDS = 0.01  # a product that takes so long runs at the full rate, on any device
 REPEATS = 7
 PACKAGES = ("ultramem", "torch", "onnxruntime", "onnx", "triton", "numpy")
@@ -50,11 +51,24 @@ class Machine:
         return max(self.read_bytes_per_second, self.copy_bytes_per_second)
 
 
+def roof_sizes(device: torch.device) -> tuple[int, int]:
+    """Bytes of an array, and the side of a matrix product, that show what `device` can do."""
+    return (BANDWIDTH_BYTES, GEMM_SIZE) if device.type == "cpu" else (GPU_BANDWIDTH_BYTES, GPU_GEMM_SIZE)
+
+
 def measure_machine(
-    device: torch.device | str = "cpu", *, array_bytes: int = BANDWIDTH_BYTES, gemm_size: int = GEMM_SIZE
+    device: torch.device | str = "cpu", *, array_bytes: int | None = None, gemm_size: int | None = None
 ) -> Machine:
-    """Measure `device` (about a second) and describe it; medians of several runs."""
+    """Measure `device` (about a second) and describe it; medians of several runs.
+
+    Args:
+        device: what is measured.
+        array_bytes: of the array that is read and copied; None: as `roof_sizes` has it.
+        gemm_size: side of the matrices that are multiplied; None: likewise.
+    """
     device = torch.device(device)
+    own_bytes, own_size = roof_sizes(device)
+    array_bytes, gemm_size = array_bytes or own_bytes, gemm_size or own_size
     source = torch.ones(array_bytes // 4, device=device)
     target = torch.empty_like(source)
     read_s = _median_seconds(source.sum, device)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the name that everybody uses
 from torch import Tensor
 
-from ultramem.machine import BANDWIDTH_BYTES, GEMM_SIZE, Machine
+from ultramem.machine import Machine, roof_sizes
 from ultramem.runtime.figures.devices import THIS, Roofs
 from ultramem.runtime.figures.schema import ProductRate, ReadRate
 from ultramem.runtime.figures.watched import Watched
@@ -61,15 +61,16 @@ def median_us(call: Callable[[], object], device: torch.device) -> float:
 
 def measured_roofs(machine: Machine, device: torch.device) -> Roofs:
     """The roofs of this machine in float32, as `measure_machine` finds them, but by `median_us`."""
-    source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    array_bytes, size = roof_sizes(device)
+    source = torch.ones(array_bytes // 4, device=device)
     target = torch.empty_like(source)
-    left, right = (torch.rand(GEMM_SIZE, GEMM_SIZE, device=device) for _ in range(2))
+    left, right = (torch.rand(size, size, device=device) for _ in range(2))
     read_us, copy_us = median_us(source.sum, device), median_us(partial(target.copy_, source), device)
     return Roofs(
         name=THIS,
         label=machine.device,
         bytes_per_second=1e6 * max(source.nbytes / read_us, 2 * source.nbytes / copy_us),
-        flops_per_second=1e6 * 2 * GEMM_SIZE**3 / median_us(partial(torch.mm, left, right), device),
+        flops_per_second=1e6 * 2 * size**3 / median_us(partial(torch.mm, left, right), device),
         memory_bytes=None,
         element_bytes=4,
         source=f"measured with {machine.threads} threads, time of other processes left out: the better of summing and "

@@ -1,4 +1,4 @@
-"""Highest resident memory and page faults of this process over a piece of work."""
+"""Highest memory in use, and page faults of this process, over a piece of work."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
 HIGH_WATER = "VmHWM, reset by /proc/self/clear_refs"
 SAMPLED = "resident memory, sampled every millisecond"
+ON_DEVICE = "memory of the GPU in PyTorch's allocator"
 UNKNOWN = "not measured: this system has no /proc"
 
 _PROC = Path("/proc/self")
@@ -21,24 +24,30 @@ class MemoryWatch:
     """Context manager; what it found stands in its fields after the block.
 
     Linux keeps the highest resident memory of a process, and sets it back on request. Where it refuses (some
-    containers do), a thread samples instead, and may miss a peak between two samples. Page faults are those of all
-    threads of the process.
+    containers do), a thread samples instead, and may miss a peak between two samples. Of a GPU it is what PyTorch
+    allocates there. Page faults are those of all threads of the process.
     """
 
-    def __init__(self, *, use_high_water: bool = True) -> None:
+    def __init__(self, device: torch.device | None = None, *, use_high_water: bool = True) -> None:
         self.memory_bytes: int | None = None
-        """Highest resident memory during the block, less the resident memory before it."""
+        """Highest memory in use during the block, less that before it."""
         self.minor_faults = 0
         self.major_faults = 0
-        if not (_PROC / "statm").exists():
+        self._device = device
+        if device is not None and device.type != "cpu":
+            self.method = ON_DEVICE
+        elif not (_PROC / "statm").exists():
             self.method = UNKNOWN
         else:
             self.method = HIGH_WATER if use_high_water and _reset_high_water() else SAMPLED
 
     def __enter__(self) -> MemoryWatch:
+        if self.method == ON_DEVICE:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before_bytes = torch.cuda.memory_allocated(self._device)
         if self.method == HIGH_WATER:
             _reset_high_water()
-        if self.method != UNKNOWN:
+        if self.method in (HIGH_WATER, SAMPLED):
             self._before_bytes = self._highest_bytes = resident_bytes()
         if self.method == SAMPLED:
             self._done = threading.Event()
@@ -53,7 +62,9 @@ class MemoryWatch:
         faults = resource.getrusage(resource.RUSAGE_SELF)
         self.minor_faults = faults.ru_minflt - self._faults.ru_minflt
         self.major_faults = faults.ru_majflt - self._faults.ru_majflt
-        if self.method == HIGH_WATER:
+        if self.method == ON_DEVICE:
+            self._highest_bytes = torch.cuda.max_memory_allocated(self._device)
+        elif self.method == HIGH_WATER:
             self._highest_bytes = _high_water_bytes()
         elif self.method == SAMPLED:
             self._done.set()

@@ -63,7 +63,7 @@ def open_ready(
     name = engine if isinstance(engine, str) else engine.name
     progress(f"preparing {name}")
     before = compile_counts()
-    with recorded_compilation() as graphs, MemoryWatch() as watch:
+    with recorded_compilation() as graphs, MemoryWatch(model.embedding.weight.device) as watch:
         start = time.perf_counter()
         folder = _exported(name, model, artifact_folder) if isinstance(engine, str) else None
         exported = time.perf_counter()

@@ -98,7 +98,7 @@ def measure_requests(
             samples.rounds.append(requests)
             samples.recompiles += compile_counts().since(before).graphs
     for engine, samples in zip(engines, found, strict=True):
-        with MemoryWatch() as samples.watch:
+        with MemoryWatch(device) as samples.watch:
             run_request(engine, prompt_BS, new_tokens=new_tokens, device=device)
     return found
 

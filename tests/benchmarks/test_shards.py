@@ -31,11 +31,21 @@ def test_every_test_is_in_one_shard():
 
 def test_long_files_come_first_and_in_parts():
     shards = gpu.shards_of_tests(dry_run=False)
-    assert (shards[0].number, shards[0].parts) == (1, 3)
+    sizes = [(gpu.ROOT / shard.file).stat().st_size for shard in shards]
+    assert sizes == sorted(sizes, reverse=True)
     assert len({shard.file for shard in shards}) < len(shards)
     for shard in shards:
         numbers = [each.number for each in shards if each.file == shard.file]
         assert numbers == list(range(1, shard.parts + 1))
+
+
+def test_engines_are_tested_where_all_that_they_need_is_there(monkeypatch):
+    def files():
+        return {shard.file for shard in gpu.shards_of_tests(dry_run=False)}
+
+    assert set(gpu.ENGINE_TESTS) < files()
+    monkeypatch.setattr(gpu, "NEEDED_BY_ENGINES", ("rich", "no_such_package"))
+    assert not set(gpu.ENGINE_TESTS) & files()
 
 
 def test_wanted_files_alone():
@@ -46,7 +56,9 @@ def test_wanted_files_alone():
 def test_tests_that_are_not_there_are_refused(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--tests", "nothing"])
-    assert "--tests must name files of tests/ops or tests/optim, got 'nothing'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--tests must name files of tests/ops, tests/optim, tests/graph/test_pinned_tables.py" in said
+    assert "got 'nothing'" in said
 
 
 def test_results_hold_no_folder_of_this_machine():

@@ -188,3 +188,14 @@ def test_a_shared_table_is_one_record_and_a_dense_model_has_none() -> None:
     assert (prefill.table, prefill.phase, decode.phase) == ("table", "prefill", "decode")
     assert decode.reads == 2 * memory.num_slots  # of both layers
     assert rows_touched(make_model(dataclasses.replace(CONFIG, memory=None, insertions="")), inputs) == []
+
+
+def test_memory_of_a_gpu_is_what_pytorch_allocates_there(monkeypatch):
+    allocated = {"now": 100, "most": 900}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated["most"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: allocated.update(most=allocated["now"]))
+    with MemoryWatch(torch.device("cuda")) as watch:
+        allocated["most"] = 350
+    assert (watch.memory_bytes, watch.method) == (250, "memory of the GPU in PyTorch's allocator")
+    assert watch.minor_faults >= 0
