@@ -178,12 +178,12 @@ class CompiledEngine(_ModelEngine):
         """Logits [B,1,V] and new inputs of the convolutions, of tokens, mask, positions and column on the CPU."""
         graph, traced, buffers = self._decode_graph, self._traced, room.buffers
         if self._rooms is None:
-            return run_step(graph, traced, self._on_device(tokens), buffers, convs)
+            return _run_step(graph, traced, self._on_device(tokens), buffers, convs)
         shapes = [each.shape for each in tokens]
 
         # The recording keeps its step, which keeps neither the engine nor the room.
         def step(packed: Tensor, *convs: Tensor) -> Sequence[Tensor]:
-            return run_step(graph, traced, unpack(packed, shapes), buffers, convs)
+            return _run_step(graph, traced, unpack(packed, shapes), buffers, convs)
 
         return self._rooms.step(step, room, [pack(tokens), *convs])
 
@@ -201,7 +201,7 @@ class CompiledEngine(_ModelEngine):
         return EngineCache(cache.mask_BP, (*room.buffers, *convs), cache.hidden, room)
 
 
-def run_step(
+def _run_step(
     graph: Callable[..., tuple[Tensor, ...]],
     traced: set[bool],
     tokens: Sequence[Tensor],

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # the name that everybody uses
 from families import as_pkm
+from torch.overrides import TorchFunctionMode
 
 import ultramem
 from ultramem import MemoryConfig, MoEConfig, UltraMemLayer
@@ -270,3 +271,19 @@ def test_bad_placements_are_named(model_config):
         replace(_config(model_config, "ultramem-v2"), insertions="1:1/2:2")
     with pytest.raises(ValueError, match="experts_per_token must be at most num_experts"):
         MoEConfig(num_experts=1)
+
+
+class ExplicitDevices(TorchFunctionMode):
+    """Refuses to draw with a generator where a default device would decide on which device: it may be another's."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.rand, torch.randn, torch.randint, torch.randperm) and kwargs.get("generator") is not None:
+            assert "device" in kwargs, func
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_is_built_under_any_default_device(family, model_config):
+    with ExplicitDevices():
+        ultramem.build_model(_config(model_config, family))
